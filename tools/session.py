@@ -1,0 +1,48 @@
+"""The tools of one trajectory, as the loop sees them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from agentloop.trajectory import CallRecord, Sample, ToolCall
+
+
+class ToolSession(ABC):
+    """Opened when a trajectory starts, closed when it ends, whatever happens in between.
+
+    `create` of each selected tool runs at most once (at `open`), `execute` per call, `calc_reward` at most once, `release`
+    exactly once for every tool that was created. No tool's failure raises here: it becomes a `CallRecord`.
+    """
+
+    @property
+    @abstractmethod
+    def schemas(self) -> list[dict[str, Any]]:
+        """OpenAI function schemas of the tools that this trajectory may call, in the registry's order."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Create the tools' instances. Raises `ToolInfraError` if one cannot be created; what was created is released by
+        `close`."""
+
+    @abstractmethod
+    async def call(self, call: ToolCall, *, deadline: float) -> CallRecord:
+        """Run one call, with the tool's policies (timeout, concurrency, rate, retries). `deadline` is on the event loop's
+        clock and covers all of it. Cancellation passes through, after the tool has been told."""
+
+    @abstractmethod
+    async def rewards(self) -> dict[str, float]:
+        """`calc_reward` of each tool, plus the sum of its calls' rewards: `{"tool/<name>": value}`; only what is not 0."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release every instance, each with its own guard: one that raises or hangs is reported and the rest go on."""
+
+
+class ToolSessions(ABC):
+    """Opens sessions; `ToolRegistry` is the one that users have."""
+
+    @abstractmethod
+    def session(self, sample: Sample, trajectory_id: str) -> ToolSession:
+        """The session of one trajectory, not opened yet. `sample.tools` and `sample.tools_kwargs` select and configure;
+        an unknown name raises `ConfigError`."""
