@@ -78,7 +78,7 @@ class Engine(ABC):
 
     async def release(self, trajectory_id: str) -> None:
         """The trajectory has ended: what was kept for it may go. Never raises for an unknown one."""
-        return None
+        return
 
     async def update_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]], version: int
@@ -89,22 +89,22 @@ class Engine(ABC):
 
     async def abort_all(self) -> None:
         """End every running and waiting request with `StopReason.ABORTED` and the tokens so far."""
-        return None
+        return
 
     async def pause(self) -> None:
         """Start no new generation until `resume`."""
-        return None
+        return
 
     async def resume(self) -> None:
         return None
 
     async def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         """Free what `tags` name; `generate` then raises until `wake`."""
-        return None
+        return
 
     async def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         return None
 
     async def close(self) -> None:
         """Stop for good. Idempotent."""
-        return None
+        return
