@@ -59,7 +59,7 @@ class OnCutoff(Strict):
     aborted: CutoffAction = "mask"
 
     def of(self, reason: EndReason) -> CutoffAction:
-        return "score" if reason is EndReason.FINAL_ANSWER else getattr(self, reason.value)  # type: ignore[no-any-return]
+        return "score" if reason is EndReason.FINAL_ANSWER else getattr(self, reason.value)
 
 
 class LoopConfig(Strict):

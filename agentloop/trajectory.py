@@ -187,6 +187,8 @@ class Sample:
     messages: list[dict[str, Any]]
     uid: str = "0"
     """Identifies the group; no underscore, since verl builds keys from it."""
+    seed_key: str | None = None
+    """What the request seeds are derived from, where `uid` is not the same from run to run (verl draws it anew)."""
     data_source: str = "default"
     ground_truth: Any = None
     tools: tuple[str, ...] | None = None
