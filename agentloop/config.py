@@ -68,8 +68,9 @@ class LoopConfig(Strict):
     max_turns: int = Field(16, ge=1)
     """Generations a trajectory may have."""
     final_turn_without_tools: bool = False
-    """At the turn limit, answer the last calls «not run: turn limit» and let the model write one more turn, whose calls
-    are not run."""
+    """The last of the `max_turns` is for the answer alone: the tool answers before it end with `final_turn_note`, and calls
+    in it are not run. Off: calls of the last turn are run and answered, and the trajectory ends as `turn_limit`."""
+    final_turn_note: str = "No further tool calls will be run. Give your final answer now."
     max_parallel_calls: int = Field(16, ge=1)
     """Calls of one turn that are run; the rest are answered «not run: limit»."""
     max_prompt_tokens: int = Field(4096, ge=1)
@@ -78,10 +79,14 @@ class LoopConfig(Strict):
     """Everything after the prompt: sampled, observations and glue."""
     max_turn_tokens: int | None = Field(None, ge=1)
     """Sampled tokens of one turn."""
+    answer_reserve_tokens: int = Field(16, ge=1)
+    """Room that a tool's answer must leave for the model; a longer answer is cut in its middle, and says so."""
     on_parse_failure: Literal["observe", "end"] = "observe"
     """`observe`: tell the model what was wrong and go on; `end`: end as `parse_failure`."""
     max_parse_failures: int = Field(3, ge=1)
     """With `observe`: turns with a malformed call after which the trajectory ends as `parse_failure`."""
+    tool_rewards: Literal["record", "add"] = "record"
+    """The tools' own rewards are components of the reward (`tool/<name>`); `add` also adds them to its value."""
     penalty: float = 0.0
     """The reward where `on_cutoff` says `penalty`."""
     max_resamples: int = Field(1, ge=0)

@@ -26,6 +26,33 @@ class Recorder(Protocol):
         """Scored or failed; `end_reason`, `reward`, `masked` and the times are set."""
 
 
+class Tee:
+    """Tells several recorders."""
+
+    def __init__(self, *recorders: Recorder) -> None:
+        self.recorders = recorders
+
+    def trajectory_start(self, trajectory: Trajectory) -> None:
+        for recorder in self.recorders:
+            recorder.trajectory_start(trajectory)
+
+    def turn(self, trajectory: Trajectory, turn: Turn) -> None:
+        for recorder in self.recorders:
+            recorder.turn(trajectory, turn)
+
+    def tool(self, trajectory: Trajectory, turn: Turn, record: CallRecord) -> None:
+        for recorder in self.recorders:
+            recorder.tool(trajectory, turn, record)
+
+    def observation(self, trajectory: Trajectory, turn: Turn) -> None:
+        for recorder in self.recorders:
+            recorder.observation(trajectory, turn)
+
+    def trajectory_end(self, trajectory: Trajectory) -> None:
+        for recorder in self.recorders:
+            recorder.trajectory_end(trajectory)
+
+
 class NullRecorder:
     """Writes nothing."""
 
