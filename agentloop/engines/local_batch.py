@@ -1,0 +1,413 @@
+"""Continuous batching: which requests share the next forward, and where their keys and values lie."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+
+from agentloop.engines.base import Generation, Sampling
+from agentloop.engines.local_cache import SlotCache
+from agentloop.engines.local_sampling import RowSampler
+from agentloop.errors import EngineError
+from agentloop.trajectory import StopReason
+
+PREFILL_TOKENS = 8192
+"""Columns of one prefill forward, padding included; longer inputs go in chunks, with decode steps between them."""
+SCORE_LOGITS = 1 << 26
+"""Logits of one forward of `score`; longer inputs go in chunks."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One call of `generate`."""
+
+    ids: list[int]
+    sampling: Sampling
+    trajectory_id: str
+    stop_token_ids: frozenset[int]
+    done: Callable[[Generation | EngineError], None]
+    """Called once, from the engine's thread."""
+    submitted: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sequence in the cache: running, or kept for its trajectory's next turn."""
+
+    slot: int
+    trajectory_id: str
+    ids: list[int]
+    kept: int = 0
+    """The first `kept` of `ids` have their keys and values in the cache."""
+    stale: bool = False
+    """Some of these are of older weights."""
+    request: Request | None = None
+    log_probs: list[float] = field(default_factory=list)
+    noise: Callable[[], float] = Random().random
+    min_version: int = 0
+    cached: int = 0
+    queue_s: float = 0.0
+
+
+class Batch:
+    """The requests and the cache. Not thread-safe: one thread calls everything, `step` over and over while `busy`.
+
+    Slots `[0, running)` hold the rows that decode, without gaps; the others hold rows that are being filled, rows kept
+    for later, and nothing. Rows trade places when one joins or leaves.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        new_cache: Callable[[int], SlotCache],
+        *,
+        max_slots: int,
+        max_len: int,
+        version: int,
+        decode_text: Callable[[Sequence[int]], str] | None,
+    ) -> None:
+        """`new_cache(slots)` makes an empty cache for the model."""
+        self.model = model
+        self.version = version
+        self.paused = False
+        self._max_slots = max_slots
+        self._max_len = max_len
+        self._new_cache = new_cache
+        self._cache = new_cache(max_slots)
+        self._decode_text = decode_text
+        self._device: torch.device = model.device
+        self._waiting: deque[Request] = deque()
+        self._filling: list[Row] = []
+        self._idle: dict[str, Row] = {}  # least recently used first
+        self._slots: list[Row | None] = []
+        self._running = 0
+        self._sampler: RowSampler | None = None
+
+    @property
+    def busy(self) -> bool:
+        """There is something for `step` to do."""
+        return bool(self._running or self._filling or (self._waiting and not self.paused))
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return self._running + len(self._filling)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def kept(self) -> int:
+        """Trajectories without a request whose keys and values are kept."""
+        return len(self._idle)
+
+    # Commands, between steps
+
+    def submit(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget the request; `done` is not called. Nothing happens if it has ended."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+            return
+        for row in self._active():
+            if row.request is request:
+                self._vacate(row)
+                self._settle()
+                return
+
+    def abort_all(self) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for row in self._active():
+            self._finish(row, StopReason.ABORTED)
+        self._settle()
+        for request in waiting:
+            version = self.version
+            queue_s = time.perf_counter() - request.submitted
+            none: list[float] | None = [] if request.sampling.log_probs else None
+            request.done(Generation([], none, StopReason.ABORTED, version, version, queue_s=queue_s))
+
+    def fail_all(self, error: EngineError) -> None:
+        waiting, self._waiting = self._waiting, deque()
+        for row in self._active():
+            self._fail(row, error)
+        self._settle()
+        for request in waiting:
+            request.done(error)
+
+    def release(self, trajectory_id: str) -> None:
+        row = self._idle.get(trajectory_id)
+        if row is not None:
+            self._vacate(row)
+        for row in self._active():
+            if row.trajectory_id == trajectory_id:
+                row.trajectory_id = ""
+
+    def forget(self) -> None:
+        """Drop what is kept for idle trajectories."""
+        for row in list(self._idle.values()):
+            self._vacate(row)
+
+    def free_cache(self) -> None:
+        """Give the cache's memory back. Only without running requests."""
+        assert not self.running
+        self.forget()
+        self._slots.clear()
+        self._cache.free()
+
+    def set_weights(self, staged: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], version: int) -> None:
+        """Copy into the model; running requests go on from their old keys and values, which are used no further."""
+        self.forget()
+        for row in self._filling:  # have sampled nothing: they begin again
+            row.kept = row.cached = 0
+        for row in self._active():
+            row.stale = row.kept > 0
+        for name, tensor in staged.items():
+            targets[name].copy_(tensor)
+        self.version = version
+
+    def score(self, ids: Sequence[int], temperature: float) -> list[float]:
+        """Log-probabilities of `ids[1:]`: one prefill, in chunks if its logits would not fit."""
+        cache = self._new_cache(1)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        chunk = max(SCORE_LOGITS // vocabulary, 1)
+        values: list[float] = []
+        for start in range(0, len(ids) - 1, chunk):
+            piece = ids[start : min(start + chunk, len(ids) - 1)]
+            targets = torch.tensor(ids[start + 1 : start + 1 + len(piece)], device=self._device)
+            logits = self._forward(cache, 0, [start], [list(piece)], keep=0)[0].float()
+            values += torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None])[:, 0].tolist()
+        return values
+
+    # A step
+
+    def step(self) -> None:
+        """Let requests in, fill some of their inputs, and give every running request its next token."""
+        try:
+            self._admit()
+            if self._filling:
+                self._fill()
+            if self._running:
+                self._decode()
+        except Exception as error:  # out of memory, a broken model: every request learns of it, the engine lives
+            self.fail_all(EngineError(f"the local engine's forward failed: {type(error).__name__}: {error}"))
+            self.free_cache()
+
+    def _admit(self) -> None:
+        while self._waiting and not self.paused:
+            request = self._waiting[0]
+            row = self._idle.pop(request.trajectory_id, None)
+            if row is not None:
+                row.kept = min(_common(row.ids, request.ids, row.kept), len(request.ids) - 1)
+            else:
+                slot = self._free_slot()
+                if slot is None:
+                    return
+                row = self._slots[slot] = Row(slot, request.trajectory_id, [])
+            self._waiting.popleft()
+            row.request = request
+            row.ids = list(request.ids)
+            row.log_probs = []
+            row.cached = row.kept
+            row.noise = Random(request.sampling.seed).random
+            row.queue_s = time.perf_counter() - request.submitted
+            self._filling.append(row)
+
+    def _free_slot(self) -> int | None:
+        for slot, row in enumerate(self._slots):
+            if row is None:
+                return slot
+        if len(self._slots) < self._max_slots:
+            self._slots.append(None)
+            return len(self._slots) - 1
+        for row in self._idle.values():
+            slot = row.slot
+            self._vacate(row)
+            return slot
+        return None
+
+    def _fill(self) -> None:
+        """One prefill: the oldest row and those of about its length, as far as `PREFILL_TOKENS` go."""
+        group: list[Row] = []
+        width = 0
+        for row in self._filling:
+            count = min(len(row.ids) - row.kept, PREFILL_TOKENS)
+            if group and max(width, count) > 2 * min(width, count) + 16:
+                continue
+            if (len(group) + 1) * max(width, count) > PREFILL_TOKENS and group:
+                break
+            group.append(row)
+            width = max(width, count)
+        first = self._running
+        self._place(group, first)
+        rows = [row for row in self._slots[first : first + len(group)] if row is not None]
+        pieces = [row.ids[row.kept : row.kept + PREFILL_TOKENS] for row in rows]
+        logits = self._forward(self._cache, first, [row.kept for row in rows], pieces)[:, -1]
+        for row, piece in zip(rows, pieces, strict=True):
+            row.kept += len(piece)
+        ready = [i for i, row in enumerate(rows) if row.kept == len(row.ids)]
+        if ready:
+            rows = [rows[i] for i in ready]
+            for row in rows:
+                row.min_version = self.version
+                self._filling.remove(row)
+            sampler = RowSampler([row.request.sampling for row in rows if row.request], self._device)
+            self._sample(rows, sampler, logits[ready])
+            self._settle(joined=rows)
+
+    def _decode(self) -> None:
+        rows = [row for row in self._slots[: self._running] if row is not None]
+        logits = self._forward(self._cache, 0, [row.kept for row in rows], [row.ids[-1:] for row in rows])[:, -1]
+        for row in rows:
+            row.kept += 1
+        if self._sampler is None:
+            self._sampler = RowSampler([row.request.sampling for row in rows if row.request], self._device)
+        if self._sample(rows, self._sampler, logits):
+            self._settle()
+
+    def _forward(
+        self, cache: SlotCache, first: int, lengths: list[int], pieces: list[list[int]], keep: int = 1
+    ) -> torch.Tensor:
+        """Logits `[rows, keep, vocabulary]` (`keep` 0: all columns) after each row's new tokens."""
+        width = max(map(len, pieces))
+        counts = [len(piece) for piece in pieces]
+        padded = [[0] * (width - len(piece)) + piece for piece in pieces]
+        positions, mask = cache.begin(first, lengths, counts, width)
+        answer = self.model(
+            input_ids=torch.tensor(padded, device=self._device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits: torch.Tensor = answer.logits
+        return logits
+
+    def _sample(self, rows: list[Row], sampler: RowSampler, logits: torch.Tensor) -> bool:
+        """Append each row's next token and end the rows that are done; True if any ended."""
+        tokens, values = sampler(logits, [row.noise() for row in rows])
+        ended = False
+        for row, token, value in zip(rows, tokens, values, strict=True):
+            if value != value:
+                self._fail(row, EngineError("the model's logits are not finite"))
+                ended = True
+                continue
+            row.ids.append(token)
+            row.log_probs.append(value)
+            reason = self._stop_reason(row, token)
+            if reason is not None:
+                self._finish(row, reason)
+                ended = True
+        return ended
+
+    def _stop_reason(self, row: Row, token: int) -> StopReason | None:
+        request = row.request
+        assert request is not None
+        if token in request.stop_token_ids:
+            return StopReason.STOP
+        if request.sampling.stop and self._decode_text is not None:
+            # A token may be a quarter of a character (bytes of UTF-8), so this many hold any stop string that just ended.
+            window = 4 * max(map(len, request.sampling.stop)) + 4
+            text = self._decode_text(row.ids[max(len(request.ids), len(row.ids) - window) :])
+            if any(stop in text for stop in request.sampling.stop):
+                return StopReason.STOP
+        if len(row.log_probs) >= request.sampling.max_tokens or len(row.ids) >= self._max_len:
+            return StopReason.LENGTH
+        return None
+
+    # Rows and slots
+
+    def _active(self) -> list[Row]:
+        return [row for row in self._slots if row is not None and row.request is not None]
+
+    def _finish(self, row: Row, reason: StopReason) -> None:
+        """Answer the request; the row becomes idle. `_settle` must follow."""
+        request = row.request
+        assert request is not None
+        generation = Generation(
+            ids=row.ids[len(request.ids) :],
+            log_probs=row.log_probs if request.sampling.log_probs else None,
+            stop_reason=reason,
+            weight_version=self.version,
+            min_weight_version=row.min_version if row.log_probs else self.version,
+            cached_tokens=row.cached,
+            queue_s=row.queue_s,
+        )
+        if row.stale or not row.trajectory_id:
+            self._vacate(row)
+        else:
+            other = self._idle.get(row.trajectory_id)
+            if other is not None:
+                self._vacate(other)
+            row.request = None
+            self._idle[row.trajectory_id] = row
+        request.done(generation)
+
+    def _fail(self, row: Row, error: EngineError) -> None:
+        request = row.request
+        assert request is not None
+        self._cache.clean(row.slot)
+        self._vacate(row)
+        request.done(error)
+
+    def _vacate(self, row: Row) -> None:
+        """Empty the row's slot."""
+        self._slots[row.slot] = None
+        if self._idle.get(row.trajectory_id) is row:
+            del self._idle[row.trajectory_id]
+        row.request = None
+
+    def _settle(self, joined: Sequence[Row] = ()) -> None:
+        """Close the gaps that rows left in the running slots, and let `joined` in."""
+        self._filling = [row for row in self._filling if row.request is not None]
+        running = [row for row in self._slots[: self._running] if row is not None and row.request is not None]
+        running += [row for row in joined if row.request is not None]
+        self._place(running, 0)
+        self._running = len(running)
+        self._sampler = None
+
+    def _place(self, rows: list[Row], first: int) -> None:
+        """Bring `rows` to the slots from `first` on, in any order; who lies there trades places with them."""
+        end = first + len(rows)
+        inside = {row.slot for row in rows if first <= row.slot < end}
+        gaps = iter([slot for slot in range(first, end) if slot not in inside])
+        origin: dict[int, int] = {}
+        for row in rows:
+            if first <= row.slot < end:
+                continue
+            here, there = row.slot, next(gaps)
+            other = self._slots[there]
+            self._slots[here], self._slots[there] = other, row
+            row.slot = there
+            if other is not None:
+                other.slot = here
+            origin[here], origin[there] = origin.get(there, there), origin.get(here, here)
+        moved = [(origin[slot], mover) for slot in origin if (mover := self._slots[slot]) is not None and mover.kept]
+        if moved:
+            length = max(mover.kept for _, mover in moved)
+            self._cache.reserve(len(self._slots), length)
+            self._cache.move([source for source, _ in moved], [mover.slot for _, mover in moved], length)
+
+
+def _common(kept: list[int], new: list[int], limit: int) -> int:
+    """Length of the common prefix of the first `limit` kept ids and the new input."""
+    limit = min(limit, len(new))
+    if kept[:limit] == new[:limit]:
+        return limit
+    low, high = 0, limit  # the first `low` are equal, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if kept[low:middle] == new[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
