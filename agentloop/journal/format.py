@@ -1,0 +1,214 @@
+"""The format on disk: names, token frames, JSON lines. `docs/journal.md` describes it for other programs.
+
+```
+RUN/run.json                                    what the run is, written at every start
+RUN/starts/g1.json                              the same for each start (generation), kept
+RUN/train/step_000123/w0.g1.traj.jsonl          events of one writer, generation and step, one a line
+RUN/train/step_000123/w0.g1.tok                 the tokens that the events point to
+RUN/train/step_000123/w0.g1.index.jsonl         one row a trajectory; can be rebuilt from the events
+RUN/val/step_000123/...                         the same for validation
+```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import zstandard
+
+from agentloop.errors import AgentloopError
+
+FORMAT = "agentloop-journal"
+VERSION = 1
+PARTITIONS = ("train", "val")
+EVENTS_SUFFIX = ".traj.jsonl"
+TOKENS_SUFFIX = ".tok"
+INDEX_SUFFIX = ".index.jsonl"
+
+MAX_PIECE = 0xFFFF
+"""Longest text of one token, in bytes; what is longer is cut in the record's text (never in its ids)."""
+
+_PREFIX = struct.Struct("<II")
+_HEAD = struct.Struct("<4sII")
+_MAGIC = b"TOK1"
+_HAS_LOG_PROBS = 1
+_HAS_PIECES = 2
+_FILE_NAME = re.compile(r"^(?P<writer>[A-Za-z0-9_-]+)\.g(?P<generation>[1-9][0-9]*)\.traj\.jsonl$")
+_STEP_NAME = re.compile(r"^step_(?P<step>[0-9]{6,})$")
+WRITER_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
+
+
+class JournalError(AgentloopError):
+    """What is on disk is damaged; the message names the file and the place."""
+
+
+class Place(NamedTuple):
+    """Which files an event belongs to."""
+
+    partition: str
+    """`train` or `val`."""
+    step: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.partition}/step_{self.step:06d}"
+
+
+class FileName(NamedTuple):
+    """What the name of an event file says."""
+
+    writer: str
+    generation: int
+
+    @property
+    def stem(self) -> str:
+        return f"{self.writer}.g{self.generation}"
+
+
+def parse_file_name(name: str) -> FileName | None:
+    match = _FILE_NAME.match(name)
+    return FileName(match["writer"], int(match["generation"])) if match else None
+
+
+def parse_step_name(name: str) -> int | None:
+    match = _STEP_NAME.match(name)
+    return int(match["step"]) if match else None
+
+
+def sibling_path(events: Path, suffix: str) -> Path:
+    """The token or index file that goes with an event file."""
+    return events.with_name(events.name.removesuffix(EVENTS_SUFFIX) + suffix)
+
+
+# -- token frames ---------------------------------------------------------------------------------------------------
+
+
+class FrameRef(NamedTuple):
+    """Where a frame lies in the token file: its compressed bytes, without the length prefix, and their CRC-32."""
+
+    off: int
+    len: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFrame:
+    """Columns of `n` tokens."""
+
+    ids: Any
+    """uint32, (n,)."""
+    log_probs: Any
+    """float32, (n,), NaN where a token was not sampled or its log-probability was not asked for; or `None`."""
+    piece_lens: Any
+    """uint16, (n,): bytes of text of each token; or `None` if the writer had no tokenizer."""
+    piece_bytes: bytes
+    """The tokens' bytes one after the other. A token may hold a part of a UTF-8 character."""
+
+
+def encode_frame(frame: TokenFrame, compressor: zstandard.ZstdCompressor) -> tuple[bytes, int, int]:
+    """The record to append to a token file, and the length and CRC-32 of its compressed bytes."""
+    flags = (0 if frame.log_probs is None else _HAS_LOG_PROBS) | (0 if frame.piece_lens is None else _HAS_PIECES)
+    columns = [_HEAD.pack(_MAGIC, len(frame.ids), flags), frame.ids.astype("<u4", copy=False).tobytes()]
+    if frame.log_probs is not None:
+        columns.append(frame.log_probs.astype("<f4", copy=False).tobytes())
+    if frame.piece_lens is not None:
+        columns += [frame.piece_lens.astype("<u2", copy=False).tobytes(), frame.piece_bytes]
+    packed = compressor.compress(b"".join(columns))
+    crc = zlib.crc32(packed)
+    return _PREFIX.pack(len(packed), crc) + packed, len(packed), crc
+
+
+PREFIX_SIZE = _PREFIX.size
+
+
+def decode_frame(packed: bytes, crc: int, where: str) -> TokenFrame:
+    """The inverse of `encode_frame`, without the prefix. `JournalError` that begins with `where` if it is damaged."""
+    if zlib.crc32(packed) != crc:
+        raise JournalError(f"{where}: the checksum of a token frame differs")
+    try:
+        data = zstandard.ZstdDecompressor().decompress(packed)
+        magic, n, flags = _HEAD.unpack_from(data)
+    except (zstandard.ZstdError, struct.error) as error:
+        raise JournalError(f"{where}: not a token frame: {error}") from error
+    at = _HEAD.size
+    need = n * (4 + (4 if flags & _HAS_LOG_PROBS else 0) + (2 if flags & _HAS_PIECES else 0))
+    if magic != _MAGIC or len(data) < at + need:
+        raise JournalError(f"{where}: not a token frame")
+    ids = np.frombuffer(data, "<u4", n, at)
+    at += 4 * n
+    log_probs = lens = None
+    text = b""
+    if flags & _HAS_LOG_PROBS:
+        log_probs = np.frombuffer(data, "<f4", n, at)
+        at += 4 * n
+    if flags & _HAS_PIECES:
+        lens = np.frombuffer(data, "<u2", n, at)
+        text = data[at + 2 * n :]
+        if len(text) != int(lens.sum()):
+            raise JournalError(f"{where}: a token frame's text does not fit its lengths")
+    return TokenFrame(ids, log_probs, lens, text)
+
+
+def walk_frames(data: bytes | memoryview) -> Iterable[tuple[int, bytes, int]]:
+    """`(offset of the compressed bytes, compressed bytes, CRC-32)` of each whole frame, up to a torn tail."""
+    at = 0
+    while at + _PREFIX.size <= len(data):
+        length, crc = _PREFIX.unpack_from(data, at)
+        at += _PREFIX.size
+        if at + length > len(data):
+            return
+        yield at, bytes(data[at : at + length]), crc
+        at += length
+
+
+# -- JSON lines -----------------------------------------------------------------------------------------------------
+
+_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+
+
+def dump_line(event: dict[str, Any]) -> bytes:
+    """One line with its newline.
+
+    What orjson refuses (integers beyond 64 bits, lone surrogates) is written by the standard library, and the line
+    begins with a space: such a line is JSON, but not every parser keeps these values exactly. Non-finite numbers become
+    `null`; what JSON has no form for becomes its `str`.
+    """
+    try:
+        return orjson.dumps(event, default=_plain, option=_OPTIONS) + b"\n"
+    except (TypeError, ValueError):
+        return b" " + json.dumps(_sanitise(event), ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def load_line(line: bytes) -> Any:
+    """Raises `ValueError` for a line that is not JSON (a torn one)."""
+    return json.loads(line) if line.startswith(b" ") else orjson.loads(line)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    return str(value)
+
+
+def _sanitise(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _sanitise(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sanitise(item) for item in value]
+    return _sanitise(_plain(value))

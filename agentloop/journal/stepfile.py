@@ -1,0 +1,139 @@
+"""The files of one writer, one generation and one step, appended to by the writer's thread."""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from agentloop.journal.format import (
+    EVENTS_SUFFIX,
+    PREFIX_SIZE,
+    TOKENS_SUFFIX,
+    FileName,
+    FrameRef,
+    Place,
+    TokenFrame,
+    dump_line,
+    encode_frame,
+)
+from agentloop.journal.index import Rows, read_rows
+from agentloop.journal.pieces import PieceTable
+from agentloop.trajectory import Segment
+
+LEVEL = 1
+"""Of zstd: ids and log-probabilities gain little from a higher one."""
+
+
+class Appender:
+    """Appends to a file, each time with as few writes to the operating system as it takes; nothing is kept back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._fd: int | None = None
+
+    def open(self) -> None:
+        """Open for appending where it ends. Raises `OSError`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.size = os.fstat(self._fd).st_size
+
+    def append(self, data: bytes) -> int:
+        """Write all of `data`; its offset. Raises `OSError`, after which the file may end in a part of it."""
+        if self._fd is None:
+            known = self.size
+            self.open()
+            if self.size != known:
+                raise OSError(f"{self.path} was changed by somebody else")
+        assert self._fd is not None
+        if os.fstat(self._fd).st_nlink == 0:  # writing would succeed and go nowhere
+            raise FileNotFoundError(2, "removed while it was written", str(self.path))
+        offset, view = self.size, memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        self.size += len(data)
+        return offset
+
+    def close(self) -> None:
+        """Give the file handle back; the next `append` opens it again."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class StepFile:
+    """Events and tokens of one step. Any `OSError` from it means: drop it and make a new one."""
+
+    def __init__(self, run_dir: Path, place: Place, name: FileName) -> None:
+        self.open_ids: set[str] = set()
+        """Trajectories that were started here and not ended. Events of any other are not written: a record has no holes."""
+        folder = run_dir / place.folder
+        self.events = Appender(folder / (name.stem + EVENTS_SUFFIX))
+        self.tokens = Appender(folder / (name.stem + TOKENS_SUFFIX))
+        self.rows = Rows()
+        self.events.open()
+        self.tokens.open()
+        if self.events.size:  # an earlier writer of the same name left off here, maybe within a line
+            self.events.append(b"\n")
+            self.rows = read_rows(self.events.path)
+        else:
+            head = {"type": "file", "version": 1, "partition": place.partition, "step": place.step}
+            self.events.append(dump_line(head | name._asdict()))
+            self.rows.size = self.events.size
+        self._indexed = 0
+
+    def write(
+        self,
+        event: dict[str, Any],
+        segments: Sequence[Segment],
+        pieces: PieceTable | None,
+        compressor: zstandard.ZstdCompressor,
+    ) -> None:
+        """Append one event; the tokens of `segments` go before it into the token file. Raises `OSError`."""
+        if segments:
+            frame = _frame(segments, pieces)
+            record, length, crc = encode_frame(frame, compressor)
+            offset = self.tokens.append(record) + PREFIX_SIZE
+            event.setdefault("start", segments[0].start)
+            event["segments"] = [(segment.origin, len(segment.ids)) for segment in segments]
+            event["tok"] = FrameRef(offset, length, crc)._asdict()
+            if event["type"] == "turn" and pieces is not None:
+                event["text"] = frame.piece_bytes.decode("utf-8", "replace")
+        line = dump_line(event)
+        offset = self.events.append(line)
+        self.rows.feed(event, offset, len(line))
+        self.rows.size = self.events.size
+
+    def save_index(self) -> None:
+        """Write the index if anything was added since. Raises `OSError`."""
+        if self._indexed != self.rows.size:
+            self.rows.save(self.events.path)
+            self._indexed = self.rows.size
+
+    def close(self) -> None:
+        """Give the file handles back; the next `write` opens them again."""
+        self.events.close()
+        self.tokens.close()
+
+
+def _frame(segments: Sequence[Segment], pieces: PieceTable | None) -> TokenFrame:
+    ids = np.concatenate([np.frombuffer(array("I", segment.ids), np.uint32) for segment in segments])
+    log_probs = None
+    if any(segment.log_probs is not None for segment in segments):
+        log_probs = np.concatenate(
+            [
+                np.full(len(segment.ids), np.nan, np.float32)
+                if segment.log_probs is None
+                else np.frombuffer(struct.pack(f"{len(segment.ids)}f", *segment.log_probs), np.float32)
+                for segment in segments
+            ]
+        )
+    lens, text = pieces.lookup(ids) if pieces is not None else (None, b"")
+    return TokenFrame(ids, log_probs, lens, text)

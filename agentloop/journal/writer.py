@@ -1,0 +1,394 @@
+"""`JournalWriter`: writes down what the loop tells, without ever making it wait."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import zstandard
+
+from agentloop.errors import ConfigError
+from agentloop.journal.format import WRITER_NAME, FileName, Place
+from agentloop.journal.meta import next_generation, write_run
+from agentloop.journal.pieces import PieceBytes, PieceTable
+from agentloop.journal.stepfile import LEVEL, StepFile
+from agentloop.trajectory import CallRecord, CallStatus, Origin, Sample, Segment, Trajectory, Turn
+
+log = logging.getLogger(__name__)
+
+QUEUE_LIMIT = 16_384
+"""Events that may wait to be written. A trajectory makes about three a turn."""
+OPEN_FILES = 8
+"""Steps whose files are kept open at a time."""
+
+
+M = TypeVar("M", bound=Callable[..., None])
+
+
+def _never_raises(method: M) -> M:
+    """What a recorder promises: an error of ours loses the trajectory's record, never the trajectory."""
+
+    @functools.wraps(method)
+    def guarded(self: JournalWriter, trajectory: Trajectory, *args: Any) -> None:
+        try:
+            method(self, trajectory, *args)
+        except Exception as error:
+            self._give_up(trajectory, error)
+
+    return cast(M, guarded)
+
+
+@dataclass(slots=True)
+class _Told:
+    """What has been handed to the thread of one live trajectory."""
+
+    id: str
+    place: Place
+    segments: int = 0
+    calls: list[list[CallRecord]] = field(default_factory=list)
+    """By turn, in the order of the events."""
+    lost: bool = False
+    """An event found the queue full: the rest of the trajectory is left out, so that the record has no hole."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """Everything that the thread needs; nothing in it changes any more."""
+
+    place: Place
+    body: dict[str, Any]
+    segments: tuple[Segment, ...] = ()
+    everything: tuple[Segment, ...] = ()
+    """With `traj_end`: all segments, for the run lengths."""
+
+
+class JournalWriter:
+    """A `Recorder` that writes a run's journal (`docs/journal.md`) from a thread of its own.
+
+    The methods of `Recorder` take references to what cannot change, copy what can, and return; they may be called from any
+    thread. Converting, compressing and writing happen in the writer's thread, in the order of the calls. An event is with
+    the operating system as soon as the thread has taken it from the queue, so a killed process loses what was queued.
+
+    What cannot be written (a full disk, a full queue) is logged as an error once for each kind and counted in `errors`;
+    the rollout goes on, and the trajectories that it concerns are in the record as incomplete or not at all.
+
+    `decode` gives the bytes of a token id (`token_bytes(tokenizer)`); without it the record has ids and no text. `meta`,
+    given by one writer of a run, becomes `run.json`: `seed`, `config`, `model`, `tools` (schemas) and whatever else
+    describes the run. `generation` is what `next_generation` gave to whoever starts the writers; a lone writer may leave
+    it out. Raises `ConfigError` if `run_dir` cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        writer: str = "w0",
+        *,
+        generation: int | None = None,
+        decode: PieceBytes | None = None,
+        meta: Mapping[str, Any] | None = None,
+        queue_limit: int = QUEUE_LIMIT,
+    ) -> None:
+        if not WRITER_NAME.match(writer):
+            raise ConfigError(f"journal writer '{writer}': a name has only letters, digits, '-' and '_'")
+        self.run_dir = Path(run_dir)
+        self.generation = next_generation(self.run_dir) if generation is None else generation
+        if meta is not None:
+            write_run(self.run_dir, self.generation, meta)
+        self.errors = 0
+        """Events that could not be written or led to an error."""
+        self._name = FileName(writer, self.generation)
+        self._reported: set[str] = set()
+        self._told: weakref.WeakKeyDictionary[Trajectory, _Told] = weakref.WeakKeyDictionary()
+        self._queue: queue.SimpleQueue[_Event | threading.Event | None] = queue.SimpleQueue()
+        self._queue_limit = queue_limit
+        self._pieces = PieceTable(decode) if decode is not None else None
+        self._compressor = zstandard.ZstdCompressor(level=LEVEL)
+        self._files: dict[Place, StepFile] = {}
+        """Least recently used first. Touched by the thread alone, as the two above."""
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"journal-{self._name.stem}", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    # -- Recorder ---------------------------------------------------------------------------------------------------
+
+    @_never_raises
+    def trajectory_start(self, trajectory: Trajectory) -> None:
+        place = Place("val" if trajectory.validate else "train", trajectory.step)
+        self._told[trajectory] = told = _Told(trajectory.id, place)
+        body = {"sibling": trajectory.sibling, "attempt": trajectory.attempt, "sample": _sample(trajectory.sample)}
+        self._put(told, "traj_start", body, self._untold(told, trajectory))
+
+    @_never_raises
+    def turn(self, trajectory: Trajectory, turn: Turn) -> None:
+        told = self._progress(trajectory)
+        before = self._untold(told, trajectory, up_to=turn.start)
+        if before:
+            self._put(told, "observation", {"turn": turn.index - 1}, before)
+        body = {
+            "turn": turn.index,
+            "start": turn.start,
+            "end": turn.end,
+            "stop_reason": turn.stop_reason,
+            "weight_version": turn.weight_version,
+            "min_weight_version": turn.min_weight_version,
+            "cached_tokens": turn.cached_tokens,
+            "generate_s": turn.generate_s,
+        }
+        self._put(told, "turn", body, self._untold(told, trajectory, up_to=turn.end))
+
+    @_never_raises
+    def tool(self, trajectory: Trajectory, turn: Turn, record: CallRecord) -> None:
+        told = self._progress(trajectory)
+        while len(told.calls) <= turn.index:
+            told.calls.append([])
+        told.calls[turn.index].append(record)
+        self._put(told, "tool", {"turn": turn.index} | _call(record))
+
+    @_never_raises
+    def observation(self, trajectory: Trajectory, turn: Turn) -> None:
+        told = self._progress(trajectory)
+        self._put(told, "observation", {"turn": turn.index}, self._untold(told, trajectory))
+
+    @_never_raises
+    def trajectory_end(self, trajectory: Trajectory) -> None:
+        told = self._progress(trajectory)
+        rest = self._untold(told, trajectory)
+        if rest:
+            self._put(told, "observation", {"turn": len(trajectory.turns) - 1}, rest)
+        for turn in trajectory.turns:
+            known = told.calls[turn.index] if turn.index < len(told.calls) else []
+            for record in turn.calls:
+                if not any(record is other for other in known):
+                    self.tool(trajectory, turn, record)
+        if trajectory.reward is not None:
+            reward = trajectory.reward
+            body = {"value": reward.value, "components": _copy(reward.components), "info": _copy(reward.info)}
+            self._put(told, "reward", body)
+        self._put(told, "traj_end", self._end(trajectory, told), everything=trajectory.segments)
+        del self._told[trajectory]
+
+    # -- waiting for it ---------------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until what was told so far is written, with its index; `False` if that took longer than `timeout` seconds.
+
+        Blocks: call it from a thread (`asyncio.to_thread`) where there is an event loop."""
+        if self._closed:
+            return not self._thread.is_alive()
+        done = threading.Event()
+        self._queue.put(done)
+        return done.wait(timeout)
+
+    def close(self, timeout: float | None = 60.0) -> None:
+        """Write the rest and stop. Idempotent. After `timeout` seconds the rest is left to its fate, with an error."""
+        if not self._closed:
+            self._closed = True
+            atexit.unregister(self.close)
+            self._queue.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._report("close", f"{self._queue.qsize()} events were not written after {timeout} s")
+
+    def __enter__(self) -> JournalWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the caller's side ------------------------------------------------------------------------------------------
+
+    def _progress(self, trajectory: Trajectory) -> _Told:
+        """A trajectory whose start was not told is started now."""
+        if trajectory not in self._told:
+            self.trajectory_start(trajectory)
+        return self._told[trajectory]
+
+    def _untold(self, told: _Told, trajectory: Trajectory, up_to: int | None = None) -> tuple[Segment, ...]:
+        """The segments that no event has carried yet and that end at or before token `up_to`; the next event carries them."""
+        every = trajectory.segments
+        until = len(every)
+        while up_to is not None and until > told.segments and every[until - 1].end > up_to:
+            until -= 1
+        untold = every[told.segments : until]
+        told.segments = until
+        return untold
+
+    def _put(
+        self,
+        told: _Told,
+        kind: str,
+        body: dict[str, Any],
+        segments: tuple[Segment, ...] = (),
+        everything: tuple[Segment, ...] = (),
+    ) -> None:
+        if told.lost or self._closed or self._queue.qsize() >= self._queue_limit:
+            told.lost = True
+            why = "it is closed" if self._closed else f"{self._queue_limit} events wait already (is the disk too slow?)"
+            self._report("queue", f"trajectory {told.id} is left incomplete in the record: {why}")
+            return
+        head = {"type": kind, "id": told.id, "t": time.time()}
+        self._queue.put(_Event(told.place, head | body, segments, everything))
+
+    def _give_up(self, trajectory: Trajectory, error: Exception) -> None:
+        if trajectory in self._told:
+            self._told[trajectory].lost = True
+        self._report("bug", f"trajectory {trajectory.id} is left incomplete in the record: {error!r}", trace=True)
+
+    def _end(self, trajectory: Trajectory, told: _Told) -> dict[str, Any]:
+        failures: dict[str, int] = {}
+        for record in trajectory.calls:
+            if record.status is not CallStatus.OK:
+                failures[record.status] = failures.get(record.status, 0) + 1
+        return {
+            "end_reason": trajectory.end_reason,
+            "state": trajectory.state,
+            "error": trajectory.error,
+            "masked": trajectory.masked,
+            "score_s": trajectory.score_s,
+            "total_s": trajectory.total_s,
+            "tokens": len(trajectory),
+            "crc": trajectory.rolling_hash,
+            "tool_calls": sum(len(turn.calls) for turn in trajectory.turns),
+            "tool_failures": failures,
+            "turns": [_settled(turn, told) for turn in trajectory.turns],
+        }
+
+    def _report(self, kind: str, what: str, *, trace: bool = False) -> None:
+        self.errors += 1
+        if kind not in self._reported:
+            self._reported.add(kind)
+            log.error("journal %s, writer %s: %s; further such errors are only counted", self.run_dir, self._name.stem, what,
+                      exc_info=trace)  # fmt: skip
+
+    # -- the thread's side ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, _Event):
+                self._take(item)
+                continue
+            for place, file in self._files.items():
+                self._save_index(place, file)
+            if item is None:
+                for file in self._files.values():
+                    file.close()
+                return
+            item.set()
+
+    def _take(self, item: _Event) -> None:
+        kind, key = item.body["type"], item.body["id"]
+        try:
+            file = self._file(item.place)
+            if kind == "traj_start":
+                file.open_ids.add(key)
+            elif key not in file.open_ids:
+                self._report("lost", f"{item.place.folder}: trajectory {key} is left incomplete after an earlier error")
+                return
+            if kind == "traj_end":
+                item.body.update(_run_lengths(item.everything, item.body["turns"]))
+            file.write(item.body, item.segments, self._pieces, self._compressor)
+            if kind == "traj_end":
+                file.open_ids.discard(key)
+        except OSError as error:
+            broken = self._files.pop(item.place, None)
+            if broken is not None:
+                broken.close()
+            self._report("disk", f"{item.place.folder}: {error}")
+        except Exception as error:
+            if item.place in self._files:
+                self._files[item.place].open_ids.discard(key)
+            self._report("bug", f"{item.place.folder}: trajectory {key}: {error!r}", trace=True)
+
+    def _file(self, place: Place) -> StepFile:
+        file = self._files.pop(place, None) or StepFile(self.run_dir, place, self._name)
+        self._files[place] = file
+        for other, idle in list(self._files.items())[:-OPEN_FILES]:
+            self._save_index(other, idle)
+            idle.close()
+            if not idle.open_ids:
+                del self._files[other]
+        return file
+
+    def _save_index(self, place: Place, file: StepFile) -> None:
+        try:
+            file.save_index()
+        except OSError as error:
+            self._report("index", f"{place.folder}: {error}")
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    """A sample is frozen and shared by its group; its parts are taken as they are."""
+    return {
+        "uid": sample.uid,
+        "seed_key": sample.seed_key,
+        "data_source": sample.data_source,
+        "messages": sample.messages,
+        "ground_truth": sample.ground_truth,
+        "tools": sample.tools,
+        "tools_kwargs": sample.tools_kwargs,
+        "template_kwargs": sample.template_kwargs,
+        "extra_info": sample.extra_info,
+    }
+
+
+def _call(record: CallRecord) -> dict[str, Any]:
+    return {
+        "call": {"name": record.call.name, "arguments": _copy(record.call.arguments), "id": record.call.id},
+        "status": record.status,
+        "text": record.text,
+        "reward": record.reward,
+        "metrics": _copy(record.metrics),
+        "attempts": record.attempts,
+        "queue_s": record.queue_s,
+        "run_s": record.run_s,
+        "cut_tokens": record.cut_tokens,
+        "on_error": record.on_error,
+    }
+
+
+def _settled(turn: Turn, told: _Told) -> dict[str, Any]:
+    """What of a turn is known for sure only when the trajectory has ended."""
+    known = told.calls[turn.index] if turn.index < len(told.calls) else []
+    return {
+        "weight_version": turn.weight_version,
+        "start": turn.start,
+        "end": turn.end,
+        "tools_s": turn.tools_s,
+        "closed_by_template": turn.closed_by_template,
+        "parse_errors": list(turn.parse_errors),
+        "calls": [next(i for i, other in enumerate(known) if other is record) for record in turn.calls],
+    }
+
+
+def _run_lengths(segments: Sequence[Segment], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mask and weight version of all tokens, the prompt's included, as `[value, count]`."""
+    mask: list[list[Any]] = []
+    versions: list[list[Any]] = []
+    for segment in segments:
+        sampled = segment.origin is Origin.SAMPLED
+        for runs, value in ((mask, int(sampled)), (versions, turns[segment.turn]["weight_version"] if sampled else None)):
+            if runs and runs[-1][0] == value:
+                runs[-1][1] += len(segment.ids)
+            else:
+                runs.append([value, len(segment.ids)])
+    return {"mask": mask, "weight_versions": versions}
+
+
+def _copy(value: Any) -> Any:
+    """Containers anew, leaves as they are: what a tool or a reward handed out may still be changed by it."""
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value
