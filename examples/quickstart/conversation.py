@@ -44,9 +44,7 @@ def messages(question: str) -> list[dict[str, str]]:
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
     """The conversation up to the opening of the model's first turn."""
-    return str(
-        tokenizer.apply_chat_template(messages(question), tools=[SCHEMA], add_generation_prompt=True, tokenize=False)
-    )
+    return str(tokenizer.apply_chat_template(messages(question), tools=[SCHEMA], add_generation_prompt=True, tokenize=False))
 
 
 def call_turn(expression: str) -> Piece:
@@ -112,5 +110,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key not in ("backend", "is_local", "local_files_only")}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -7,10 +7,10 @@ one way of asking, so the spoiled model fails in several different ways and stil
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 from examples.quickstart.calculator_tool import REFUSAL, calculate
-from examples.quickstart.conversation import Piece, answer_turn, call_turn, response, turn
+from examples.quickstart.conversation import Piece, answer_turn, call_turn, response
 from examples.quickstart.task import Problem, Step
 
 Transcript = list[Piece]
@@ -40,7 +40,7 @@ def wrong_operator(problem: Problem, draw: random.Random) -> Transcript:
     expression = f"{last.left} {operator} {last.right}"
     result = calculate(expression)
     assert result is not None
-    return [*_calls(before), call_turn(expression), response(result), answer_turn(int(result))]
+    return [*_calls(before), call_turn(expression), response(str(result)), answer_turn(result)]
 
 
 def two_operations(problem: Problem, draw: random.Random) -> Transcript:
@@ -49,7 +49,9 @@ def two_operations(problem: Problem, draw: random.Random) -> Transcript:
         return guess(problem, draw)
     *before, first, last = problem.steps
     inner = f"({first.expression})"
-    expression = f"{inner} {last.operator} {last.right}" if last.left == first.result else f"{last.left} {last.operator} {inner}"
+    expression = (
+        f"{inner} {last.operator} {last.right}" if last.left == first.result else f"{last.left} {last.operator} {inner}"
+    )
     return [*_calls(before), call_turn(expression), response(REFUSAL), answer_turn(first.result)]
 
 
@@ -82,8 +84,5 @@ def spoiled(problem: Problem, draw: random.Random, share: float) -> Transcript:
     return solve(problem)
 
 
-def _calls(steps: Iterator[Step] | tuple[Step, ...] | list[Step]) -> Transcript:
+def _calls(steps: Sequence[Step]) -> Transcript:
     return [piece for step in steps for piece in (call_turn(step.expression), response(str(step.result)))]
-
-
-__all__ = ["HABITS", "Transcript", "solve", "spoiled", "turn"]

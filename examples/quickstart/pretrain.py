@@ -71,7 +71,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, demonstrate: Demonstrate, seed: 
     source = problems(f"pretrain/{seed}", "train")
     shuffle = random.Random(seed)
     while True:
-        pool = sorted(encode_all(tokenizer, demonstrate, list(itertools.islice(source, BATCH * POOL))), key=lambda row: len(row[0]))
+        pool = sorted(
+            encode_all(tokenizer, demonstrate, list(itertools.islice(source, BATCH * POOL))), key=lambda row: len(row[0])
+        )
         chunks = [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)]
         shuffle.shuffle(chunks)
         for chunk in chunks:
@@ -100,7 +102,13 @@ def encode_all(
 
 
 def train(
-    model: Qwen3ForCausalLM, source: Iterator[Batch], *, steps: int, muon_lr: float, adam_lr: float, after: Callable[[int], None]
+    model: Qwen3ForCausalLM,
+    source: Iterator[Batch],
+    *,
+    steps: int,
+    muon_lr: float,
+    adam_lr: float,
+    after: Callable[[int], None],
 ) -> None:
     """`steps` steps with a short warm-up and a linear decay over the last half; `after(step)` runs after each.
 

@@ -1,0 +1,74 @@
+"""Write the datasets: `python -m examples.quickstart.make_data FOLDER`.
+
+`train.parquet` and `val.parquet` have verl's columns (`docs/data.md`); `val` is the held-out set.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from examples.quickstart.conversation import messages
+from examples.quickstart.task import Problem, Split, distinct
+
+TRAIN_ROWS = 4096
+HELD_OUT_ROWS = 256
+HELD_OUT_SEED = 0
+"""The held-out set is the same for every run, so that runs can be compared."""
+
+
+def row(problem: Problem, index: int, split: Split) -> dict[str, Any]:
+    return {
+        "data_source": "quickstart",
+        "prompt": messages(problem.question),
+        "reward_model": {"style": "rule", "ground_truth": str(problem.answer)},
+        "extra_info": {
+            "index": index,
+            "split": split,
+            "depth": problem.depth,
+            "form": problem.form,
+            "question": problem.question,
+            "expression": problem.expression,
+        },
+    }
+
+
+def held_out(count: int = HELD_OUT_ROWS) -> list[Problem]:
+    """The first `count` held-out problems: always the same ones."""
+    return distinct(count, HELD_OUT_SEED, "held_out")
+
+
+def write(folder: Path, *, seed: int, train_rows: int = TRAIN_ROWS, held_out_rows: int = HELD_OUT_ROWS) -> tuple[Path, Path]:
+    """Write both files and return their paths. Raises `ValueError` if they share a question or an expression."""
+    train, held = distinct(train_rows, seed, "train"), held_out(held_out_rows)
+    check_disjoint(train, held)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = (folder / "train.parquet", folder / "val.parquet")
+    pd.DataFrame([row(problem, index, "train") for index, problem in enumerate(train)]).to_parquet(paths[0])
+    pd.DataFrame([row(problem, index, "held_out") for index, problem in enumerate(held)]).to_parquet(paths[1])
+    return paths
+
+
+def check_disjoint(train: list[Problem], held: list[Problem]) -> None:
+    for what in ("question", "expression"):
+        shared = {getattr(problem, what) for problem in train} & {getattr(problem, what) for problem in held}
+        if shared:
+            raise ValueError(f"train and held-out problems share {len(shared)} {what}s, such as '{min(shared)}'")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write train.parquet and val.parquet of the quickstart's task.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=1, help="of the train problems")
+    parser.add_argument("--train-rows", type=int, default=TRAIN_ROWS)
+    parser.add_argument("--held-out-rows", type=int, default=HELD_OUT_ROWS)
+    args = parser.parse_args()
+    for path in write(args.folder, seed=args.seed, train_rows=args.train_rows, held_out_rows=args.held_out_rows):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
