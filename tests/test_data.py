@@ -17,7 +17,6 @@ from agentloop.cli import build
 from agentloop.data import content_key, lint, lint_file, lint_pair, plain, sample_from_row
 from agentloop.errors import ConfigError
 
-
 USER = {"role": "user", "content": "q"}
 
 
@@ -44,10 +43,7 @@ class Names:
 
     def __init__(self, *names: str) -> None:
         self.names = names
-
-    def schemas(self, names: Any = None) -> list[dict[str, Any]]:
-        chosen = self.names if names is None else names
-        return [{"type": "function", "function": {"name": name, "parameters": {}}} for name in chosen]
+        self.schemas = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in names]
 
 
 class Words(Renderer):

@@ -33,7 +33,8 @@ class Tools(Protocol):
     @property
     def names(self) -> Sequence[str]: ...
 
-    def schemas(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]: ...
+    @property
+    def schemas(self) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,8 +341,9 @@ def _check_length(
 ) -> None:
     at = found.report.rows
     try:
-        known = None if tools is None or selection is None else [name for name in selection if name in tools.names]
-        schemas = [] if tools is None else tools.schemas(known)
+        schemas = [] if tools is None else tools.schemas
+        if selection is not None:
+            schemas = [schema for schema in schemas if schema["function"]["name"] in selection]
         length = len(renderer.prompt(messages, schemas or None))
     except ConfigError as error:
         found.add(at, "prompt", f"the chat template refuses it: {error}", "refused by the chat template")
