@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import threading
 from functools import partial
@@ -200,3 +201,13 @@ def test_a_file_that_does_not_import(tmp_path: Path) -> None:
 def test_arguments_of_a_class_are_checked(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"takes no argument 'valu'; did you mean 'value'\?"):
         load_reward(f"{file}:Own", {"valu": 1})
+
+
+async def test_the_docs_examples_run(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    path = tmp_path / "documented.py"
+    path.write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
+    reward = await load_reward(f"{path}:compute_score", {"bonus": 0.5})(trajectory(), SAMPLE, " 5 ")
+    assert reward == Reward(1.5, {"exact": 1.0})
+    assert await value(f"{path}:ShortAnswer", {"limit": 0}) == 0.0
+    assert await value(f"{path}:ShortAnswer") == 1.0
