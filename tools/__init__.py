@@ -1,0 +1,25 @@
+"""Tools: what the model can call, and the policies under which it does."""
+
+from agentloop.tools.base import BaseTool, InvalidArguments, ToolResponse, ToolResult, ToolSchema
+from agentloop.tools.function import FunctionTool, load_function_file, tool
+from agentloop.tools.policy import RateLimit, ToolPolicy
+from agentloop.tools.registry import ToolRegistry
+from agentloop.tools.session import ToolSession, ToolSessions
+from agentloop.tools.threads import run_blocking
+
+__all__ = [
+    "BaseTool",
+    "FunctionTool",
+    "InvalidArguments",
+    "RateLimit",
+    "ToolPolicy",
+    "ToolRegistry",
+    "ToolResponse",
+    "ToolResult",
+    "ToolSchema",
+    "ToolSession",
+    "ToolSessions",
+    "load_function_file",
+    "run_blocking",
+    "tool",
+]
