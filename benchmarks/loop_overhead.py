@@ -73,10 +73,6 @@ def ours(tokenizer: Any, turns: list[list[int]], answer: str) -> tuple[list[list
     from agentloop.trajectory import EndReason, Sample
 
     class Echo(BaseTool):
-        name = "echo"
-        description = SCHEMA["function"]["description"]  # type: ignore[index]
-        parameters = SCHEMA["function"]["parameters"]  # type: ignore[index]
-
         async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> Any:
             return answer
 
@@ -92,7 +88,7 @@ def ours(tokenizer: Any, turns: list[list[int]], answer: str) -> tuple[list[list
     renderer = load_renderer(tokenizer)
     engine = Stamped(turns, record="nothing")
     config = LoopConfig(max_turns=TURNS, max_response_tokens=4 * TOKENS)
-    loop = AgentLoop(engine, renderer, HermesParser(renderer), tools=ToolRegistry.from_tools([Echo()]), config=config)
+    loop = AgentLoop(engine, renderer, HermesParser(renderer), tools=ToolRegistry.from_tools([Echo({}, SCHEMA)]), config=config)
     times: list[list[float]] = []
 
     async def all_of_them() -> float:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, Field
 
 from agentloop.chat import HermesParser, load_renderer
 from agentloop.config import Deadlines, LoopConfig, OnCutoff
@@ -32,11 +33,9 @@ class Probe(BaseTool):
 
     name = "probe"
     description = "Adds to a running sum."
-    parameters = {  # noqa: RUF012
-        "type": "object",
-        "properties": {"a": {"type": "integer", "description": "what to add"}},
-        "required": ["a"],
-    }
+
+    class Arguments(BaseModel):
+        a: int = Field(description="what to add")
 
     def __init__(self, **behaviour: Any) -> None:
         super().__init__()
