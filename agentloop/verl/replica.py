@@ -3,7 +3,7 @@
 Three parts, the way verl cuts them:
 
 - `LocalServer` (`server.py`), a Ray actor that owns one `LocalEngine`: the data plane (`generate`) and the control plane
-  that verl's `RolloutReplica` calls on its servers (`verl/workers/rollout/replica.py:266`).
+  that verl's `RolloutReplica` calls on its servers (`verl/workers/rollout/replica.py:265`).
 - `LocalReplica`, which verl's trainer uses to launch and steer one server.
 - `LocalServerAdapter`, which lives in the trainer's worker and pushes new weights into the server.
 

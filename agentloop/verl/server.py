@@ -24,7 +24,7 @@ NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalt
 """Sampling parameters that the local engine does not have, with the value that asks for nothing."""
 
 STOP_NAMES = {StopReason.STOP: "completed", StopReason.LENGTH: "length", StopReason.ABORTED: "aborted"}
-"""verl's names; `FullyAsyncLLMServerClient` resends a request that was «aborted» (`llm_server.py:335`)."""
+"""verl's names; `FullyAsyncLLMServerClient` resends a request that was «aborted» (`llm_server.py:342`)."""
 
 
 def to_sampling(params: dict[str, Any], *, default_max_tokens: int, limit: int, eos: Sequence[int]) -> Sampling:
@@ -112,7 +112,7 @@ class LocalServer:
         mm_processor_kwargs: Any = None,
         trajectory_id: str | None = None,
     ) -> Answer:
-        """Continue `prompt_ids`. verl draws a fresh `request_id` for each turn (`llm_server.py:83`), so callers that want
+        """Continue `prompt_ids`. verl draws a fresh `request_id` for each turn (`llm_server.py:151`), so callers that want
         their keys and values reused send the sticky `trajectory_id`, and `release_trajectory` at the end."""
         if image_data or video_data or audio_data:
             raise ValueError("the local engine takes text only: images, video and audio are not supported")
@@ -190,7 +190,7 @@ class LocalServer:
         await self._engine.wake(tags)
 
     async def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        # Without `free_cache_engine` verl puts replicas to sleep all the same and never wakes them (engine_workers.py:755).
+        # Without `free_cache_engine` verl puts replicas to sleep all the same and never wakes them (engine_workers.py:780).
         if self._free_cache_engine:
             await self._engine.sleep(tags)
 
