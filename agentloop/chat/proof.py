@@ -1,0 +1,179 @@
+"""The proof, at start-up, that a chat template can be rendered append-only.
+
+For conversations of several shapes, each with and without tools and a system prompt, and for every turn of the model in them:
+
+1. what the template rendered before the turn stays as it was (a prefix of the render after it), and
+2. what it writes after the turn is what the renderer appends, which knows only the new messages.
+
+The one difference that is allowed is that a template drops the reasoning of earlier turns, `<think>…</think>`: both sides are
+compared without it (see docs/renderers.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentloop.chat.base import Message
+from agentloop.chat.generic import GenericRenderer
+from agentloop.chat.text import Run
+from agentloop.errors import ConfigError, RendererRefused
+from agentloop.trajectory import Origin
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "tool",
+        "description": "Looks things up.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "what"}}, "required": ["x"]},
+    },
+}
+
+SHAPES: dict[str, str] = {
+    "a user's follow-up": "uu",
+    "one tool result": "tu",
+    "a tool result after another": "ttt",
+    "two tool results": "2t",
+    "two tool results after one": "t2",
+    "a tool result after a user's follow-up": "ut",
+    "a tool result and a word of the user": "m",
+}
+"""What follows each turn of the model: a user message, one or two tool results, or a tool result with a user message."""
+
+_REASONING = re.compile(r"<think>.*?</think>\n*|<think>\s*\Z", re.DOTALL)
+
+
+def without_reasoning(text: str) -> str:
+    """`text` without blocks of reasoning, and without the opening of one at its end."""
+    return _REASONING.sub("", text)
+
+
+@dataclass
+class Proof:
+    """What was proven of a template."""
+
+    taken: list[str] = field(default_factory=list)
+    """Shapes that hold."""
+    not_taken: dict[str, str] = field(default_factory=dict)
+    """Shapes that the template does not take, with its reason."""
+
+
+def prove(renderer: GenericRenderer) -> Proof:
+    """Raises `RendererRefused` naming the first piece that differs."""
+    proof = Proof()
+    with renderer.template.ticking():
+        for (name, steps), tools, system in itertools.product(SHAPES.items(), (None, [TOOL]), (False, True)):
+            where = f"{name}, {'with' if tools else 'without'} tools, {'with' if system else 'without'} a system prompt"
+            try:
+                _prove(renderer, steps, tools, system, where)
+            except _NotTaken as error:
+                proof.not_taken[where] = str(error)
+            else:
+                proof.taken.append(where)
+    if not proof.taken:
+        raise RendererRefused(
+            f"the chat template takes no conversation of several turns: {next(iter(proof.not_taken.values()))}"
+        )
+    _prove_tokens(renderer)
+    return proof
+
+
+class _NotTaken(Exception):
+    pass
+
+
+def follow_ups(kind: str, turn: int) -> list[Message]:
+    """Messages of one step of a shape."""
+    results: list[Message] = [
+        {"role": "tool", "content": f"result {turn} {i}", "name": "tool", "tool_call_id": f"call{turn:03d}{i:02d}"}
+        for i in range({"t": 1, "2": 2, "m": 1}.get(kind, 0))
+    ]
+    return [*results, *([{"role": "user", "content": f"word {turn}"}] if kind in "um" else [])]
+
+
+def _prove(renderer: GenericRenderer, steps: str, tools: list[dict[str, Any]] | None, system: bool, where: str) -> None:
+    render = renderer.template.render
+    messages: list[Message] = [{"role": "user", "content": "question"}]
+    if system:
+        messages.insert(0, {"role": "system", "content": "be brief"})
+    try:
+        before = render(messages, tools)
+    except ConfigError as error:
+        raise _NotTaken(str(error)) from error
+    for turn, kind in enumerate(steps):
+        new = follow_ups(kind, turn)
+        mark = f"qzTURN{turn}zq"
+        messages += [renderer.turn([m for m in new if m["role"] == "tool"], mark), *new]
+        if renderer.one_call and kind == "2":
+            raise _NotTaken("the chat template takes one tool call a turn")
+        if renderer.not_taken and (reason := renderer.not_taken.get("user" if kind == "u" else "tool")):
+            raise _NotTaken(reason)
+        try:
+            after = render(messages, tools)
+            runs, closing = renderer.after(new)
+        except RendererRefused:
+            raise
+        except ConfigError as error:
+            raise _NotTaken(str(error)) from error
+        _same_start(without_reasoning(before), without_reasoning(after), f"what precedes turn {turn + 1} ({where})")
+        at = after.rfind(mark)
+        if at < 0:
+            raise RendererRefused(f"the chat template leaves out what the model said in turn {turn + 1} ({where})")
+        appended, written = "".join(run.text for run in runs), after[at + len(mark) :]
+        written = written[max(0, written.find(closing)) :]  # before it is the rest of a call, which the model said
+        if written != appended:
+            _differs(appended, written, f"what follows turn {turn + 1} ({where})")
+        before = after
+
+
+def _same_start(expected: str, rendered: str, what: str) -> None:
+    if not rendered.startswith(expected):
+        _differs(expected, rendered[: len(expected) + 40], what)
+
+
+def _differs(expected: str, rendered: str, what: str) -> None:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, rendered, strict=False)) if a != b), min(len(expected), len(rendered))
+    )
+    start = max(0, at - 20)
+    raise RendererRefused(
+        f"the chat template is not append-only: {what} should be {_around(expected, start)} and is rendered as "
+        f"{_around(rendered, start)}"
+    )
+
+
+def _around(text: str, start: int, limit: int = 60) -> str:
+    part = text[start : start + limit]
+    return ("…" if start else "") + repr(part) + ("…" if len(text) > start + limit else "")
+
+
+def _prove_tokens(renderer: GenericRenderer) -> None:
+    """Encoding unit by unit gives what the tokenizer gives for the whole."""
+    tokenizer = renderer.text.tokenizer
+    for content in ("plain words, 3 + 4.", " spaced \n", "\n\nlines\n\n", "naïve 漢字 🙂"):
+        messages: list[Message] = [{"role": "user", "content": content}]
+        text = renderer.template.render(messages)
+        expected = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if renderer.prompt(messages) != expected or renderer.text.ids([Run(text, False)]) != expected:
+            raise RendererRefused(
+                f"the tokenizer does not encode {_around(text, 0)} piece by piece as it encodes the whole, "
+                "so its tokens cannot be appended"
+            )
+
+
+def proves_same(renderer: GenericRenderer, other: GenericRenderer, contents: Sequence[str]) -> bool:
+    """Whether both append the same after a turn, for all shapes and for messages that say `contents`."""
+    for kind in dict.fromkeys("".join(SHAPES.values())):
+        for content in contents:
+            messages = [{**message, "content": content} for message in follow_ups(kind, 0)]
+            for end in ((), renderer.stop_token_ids[:1], renderer.stop_token_ids[-1:]):
+                if _pieces(renderer, end, messages) != _pieces(other, end, messages):
+                    return False
+    return True
+
+
+def _pieces(renderer: GenericRenderer, sampled: Sequence[int], messages: Sequence[Message]) -> list[tuple[Origin, list[int]]]:
+    return [(piece.origin, piece.ids) for piece in renderer.after_turn(sampled, messages)]

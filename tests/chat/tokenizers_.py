@@ -1,0 +1,84 @@
+"""Small byte-level BPE tokenizers with the control tokens of real families, for tests of renderers and parsers."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen": {
+        "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "added": ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"],
+        "eos": "<|im_end|>",
+    },
+    "qwen2_5": {
+        "special": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "added": ["<tool_call>", "</tool_call>", "<|fim_prefix|>"],
+        "eos": "<|im_end|>",
+    },
+    "llama": {
+        "special": [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|eom_id|>",
+            "<|python_tag|>",
+        ],
+        "added": [],
+        "bos": "<|begin_of_text|>",
+        "eos": "<|eot_id|>",
+    },
+    "deepseek": {
+        "special": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+        "added": [
+            "<｜User｜>",
+            "<｜Assistant｜>",
+            "<think>",
+            "</think>",
+            *(f"<｜tool▁{what}｜>" for what in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")),
+            *(f"<｜tool▁{what}｜>" for what in ("outputs▁begin", "outputs▁end", "output▁begin", "output▁end")),
+        ],
+        "bos": "<｜begin▁of▁sentence｜>",
+        "eos": "<｜end▁of▁sentence｜>",
+    },
+}
+
+CORPUS = [
+    "user\n\nassistant\n\nsystem\n hello world.\n\nhello .\n world \n\n\n\n  two  spaces\n \n",
+    '{"name": "tool", "arguments": {"x": "y"}}\n</tools>\n\n# Tools\n\nYou may call one or more functions',
+    "question result 12 + 34 = 46.\n\n'''\n\"\"\"\n<|im_end|>\n<tool_call>\n",
+] * 4
+
+
+@cache
+def tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """A trained tokenizer whose merges include "\\n\\n", " \\n" and ".\\n"."""
+    spec = FAMILIES[family]
+    backend = Tokenizer(models.BPE())
+    if family != "llama":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1, show_progress=False
+        ),
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in spec["special"]])
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in spec["added"]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=spec["eos"], bos_token=spec.get("bos"), clean_up_tokenization_spaces=False
+    )
