@@ -57,12 +57,14 @@ def reward_extra_info(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def loop_metrics(trajectory: Trajectory) -> dict[str, float | int]:
-    """The fields of verl's `AgentLoopMetrics`, in seconds."""
+    """The fields of verl's `AgentLoopMetrics`, in seconds; `num_preempted` is -1 where the engine does not tell."""
+    told = [turn.engine_data for turn in trajectory.turns if isinstance(turn.engine_data, Mapping)]
+    preempted = [int(data["num_preempted"]) for data in told if data.get("num_preempted") is not None]
     return {
         "generate_sequences": sum(turn.generate_s for turn in trajectory.turns),
         "tool_calls": sum(turn.tools_s for turn in trajectory.turns),
         "compute_score": trajectory.score_s,
-        "num_preempted": -1,  # not available
+        "num_preempted": sum(preempted) if preempted else -1,
     }
 
 

@@ -1,0 +1,226 @@
+"""The rollout side of verl's trainers.
+
+Chosen by `+actor_rollout_ref.rollout.agent.agent_loop_manager_class=agentloop.verl.AgentLoopManager`. verl calls
+`AgentLoopManager.create` once and `generate_sequences` with each batch, in the trainer's process. With the V1 trainer that
+call hands the groups out and returns; with the legacy one it comes back with the padded batch. Either way a group runs whole
+on one worker, a Ray actor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from omegaconf import open_dict
+from tensordict import NonTensorData, TensorDict
+from verl.experimental.agent_loop.agent_loop import AgentLoopManager as VerlAgentLoopManager
+from verl.protocol import DataProto
+from verl.trainer.distillation import is_distillation_enabled
+
+from agentloop.batch import to_dataproto
+from agentloop.data.rows import content_key, sample_from_row
+from agentloop.errors import ConfigError
+from agentloop.trajectory import Trajectory
+from agentloop.verl.metrics import metrics
+from agentloop.verl.settings import read_settings, refuse_agent_names
+from agentloop.verl.worker import GroupRequest, RolloutWorker
+
+logger = logging.getLogger(__name__)
+
+
+class _RolloutActor(RolloutWorker):
+    """A `RolloutWorker` as a Ray actor; it joins TransferQueue if the trainer uses it."""
+
+    def __init__(self, *args: Any, use_queue: bool, **kwargs: Any) -> None:
+        queue = None
+        if use_queue:
+            import transfer_queue
+
+            transfer_queue.init()
+            queue = transfer_queue
+        super().__init__(*args, queue=queue, **kwargs)
+
+
+RolloutActor: Any = ray.remote(_RolloutActor)
+
+
+class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
+    """Runs every rollout of a verl run through agentloop. `trainer.use_v1` says which of verl's trainers calls."""
+
+    def __init__(
+        self,
+        config: Any,
+        llm_client: Any,
+        teacher_client: Any = None,
+        reward_loop_worker_handles: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__(config, llm_client, teacher_client, reward_loop_worker_handles)
+        if is_distillation_enabled(config.get("distillation")):
+            raise ConfigError("distillation.enabled: agentloop does not compute a teacher's log-probabilities")
+        self.settings = read_settings(config)
+        self.use_v1 = bool(config.trainer.get("use_v1", True))
+        if not self.use_v1:
+            self._keep_fillers_out(config)
+        self.workers: list[Any] = []
+        self._next = 0
+
+    @classmethod
+    def create(cls, *args: Any, **kwargs: Any) -> AgentLoopManager:
+        """As verl calls it; comes back when every worker is ready, with the first `ConfigError` of one that is not."""
+        manager = cls(*args, **kwargs)
+        manager._start_workers()
+        return manager
+
+    def _start_workers(self) -> None:
+        generation = None
+        if self.settings.journal:
+            from agentloop.journal import next_generation
+
+            generation = next_generation(self.settings.run_dir)
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+        for index in range(self.settings.num_workers):
+            on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True)
+            self.workers.append(
+                RolloutActor.options(scheduling_strategy=on_node).remote(
+                    self.config,
+                    self.settings,
+                    self.llm_client,
+                    self.reward_loop_worker_handles,
+                    index=index,
+                    generation=generation,
+                    use_queue=self.use_v1,
+                )
+            )
+        ray.get([worker.ready.remote() for worker in self.workers])
+
+    def generate_sequences(self, prompts: Any) -> Any:
+        """V1: a `TensorDict` with a row for each group; returns `None` at once. Legacy: a `DataProto` with a row for each
+        trajectory; returns one with the same number of rows in the same order."""
+        if isinstance(prompts, TensorDict):
+            self._submit(self._requests_of_groups(prompts))
+            return None
+        return self._generate(prompts)
+
+    # -- V1 -------------------------------------------------------------------------------------------------------------
+
+    def _requests_of_groups(self, prompts: TensorDict) -> list[GroupRequest]:
+        validate = bool(prompts["validate"]) if "validate" in prompts.keys() else False  # noqa: SIM118
+        step = int(prompts["global_steps"])
+        default_n = self.settings.val_n if validate else self.settings.n
+        requests = []
+        for row in rows_of(prompts):
+            n = int(row.pop("__rollout_n__", default_n))
+            greedy = not bool(row.pop("__do_sample__", True)) and not validate
+            row.pop("validate", None)
+            requests.append(self._request(row, str(row["uid"]), n, step, validate, greedy))
+        return requests
+
+    def _submit(self, requests: Sequence[GroupRequest]) -> None:
+        # Round-robin over all steps: a batch of one group (a refill) does not always go to the first worker.
+        shares: list[list[GroupRequest]] = [[] for _ in self.workers]
+        for request in requests:
+            shares[self._next % len(shares)].append(request)
+            self._next += 1
+        ray.get([worker.submit.remote(share) for worker, share in zip(self.workers, shares, strict=True) if share])
+
+    def _request(self, row: dict[str, Any], uid: str, n: int, step: int, validate: bool, greedy: bool) -> GroupRequest:
+        refuse_agent_names([str(row["agent_name"])] if row.get("agent_name") is not None else [])
+        sample = sample_from_row(row, uid=uid, system_prompt=self.settings.system_prompt)
+        # verl draws a uid anew for each step. The same row at the same step has the same seeds in every run; in validation
+        # at every step, so that two validations differ by the weights alone.
+        when = "val" if validate else f"train/{step}"
+        key = f"{when}/{row.get('index', 0)}/{content_key(sample)}{'/greedy' if greedy else ''}"
+        return GroupRequest(replace(sample, seed_key=key), n, step, validate, greedy)
+
+    # -- legacy ---------------------------------------------------------------------------------------------------------
+
+    def _generate(self, prompts: DataProto) -> DataProto:
+        validate = bool(prompts.meta_info.get("validate", False))
+        step = int(prompts.meta_info.get("global_steps", -1))
+        requests, places = self._requests_of_rows(prompts, step, validate)
+        shares = [requests[index :: len(self.workers)] for index in range(len(self.workers))]
+        parts = ray.get([worker.generate.remote(share) for worker, share in zip(self.workers, shares, strict=True)])
+        rows: list[Trajectory | None] = [None] * len(prompts)
+        for index, (groups, _) in enumerate(parts):
+            for group, positions in zip(groups, places[index :: len(self.workers)], strict=True):
+                for trajectory, position in zip(group, positions, strict=True):
+                    rows[position] = trajectory
+        trajectories = [trajectory for trajectory in rows if trajectory is not None]
+        if not validate and all(trajectory.masked for trajectory in trajectories):
+            raise RuntimeError(
+                f"step {step}: all {len(trajectories)} trajectories are masked, so there is nothing to train on; "
+                f"the first ended as {trajectories[0].end_reason}: {trajectories[0].error}"
+            )
+        output = self._padded(trajectories, prompts)
+        timing = self._performance_metrics([output.meta_info.pop("metrics")], output)
+        output.meta_info["timing"] = {**timing, **metrics([summary for _, found in parts for summary in found])}
+        return output
+
+    def _requests_of_rows(self, prompts: DataProto, step: int, validate: bool) -> tuple[list[GroupRequest], list[list[int]]]:
+        """The groups that the rows make up, and the places of each group's rows in the batch."""
+        columns = prompts.non_tensor_batch
+        do_sample = columns.get("__do_sample__")
+        uids = columns.get("uid", np.arange(len(prompts)))
+        places: dict[tuple[str, bool], list[int]] = {}
+        for position in range(len(prompts)):
+            greedy = do_sample is not None and not bool(do_sample[position]) and not validate
+            # The journal must be able to tell ReMax's baseline from the siblings.
+            uid = f"{uids[position]}-greedy" if greedy else str(uids[position])
+            places.setdefault((uid, greedy), []).append(position)
+        requests = []
+        for (uid, greedy), positions in places.items():
+            row = {name: column[positions[0]] for name, column in columns.items() if name != "__do_sample__"}
+            requests.append(self._request(row, uid, len(positions), step, validate, greedy))
+        return requests, list(places.values())
+
+    def _padded(self, trajectories: Sequence[Trajectory], prompts: DataProto) -> DataProto:
+        from verl.utils.config import omega_conf_to_dataclass
+
+        if not hasattr(self, "_pad_token_id"):
+            token = omega_conf_to_dataclass(self.config.actor_rollout_ref.model).tokenizer.pad_token_id
+            self._pad_token_id = 0 if token is None else int(token)
+        output = to_dataproto(
+            trajectories,
+            prompt_length=self.settings.prompt_length,
+            response_length=self.settings.response_length,
+            pad_token_id=self._pad_token_id,
+        )
+        # The trainer has its own `uid` and refuses another: see `agentloop.verl.advantage`.
+        del output.non_tensor_batch["uid"]
+        if self.reward_loop_worker_handles is None:  # as `_postprocess`: the columns that a reward model needs
+            output.non_tensor_batch.update(prompts.non_tensor_batch)
+        return output
+
+    @staticmethod
+    def _keep_fillers_out(config: Any) -> None:
+        """Have the legacy trainer compute GRPO with the one difference that rows of masked trajectories are in no group."""
+        estimator = config.algorithm.get("adv_estimator")
+        if estimator == "grpo":
+            from agentloop.verl.advantage import NAME
+
+            with open_dict(config):
+                config.algorithm.adv_estimator = NAME
+            logger.warning("algorithm.adv_estimator: grpo becomes %s, which keeps masked trajectories out of groups", NAME)
+        else:
+            logger.warning(
+                "algorithm.adv_estimator=%s with the legacy trainer: masked trajectories count as reward 0 in their group's "
+                "baseline; use grpo, or the V1 trainer",
+                estimator,
+            )
+
+
+def rows_of(batch: TensorDict) -> list[dict[str, Any]]:
+    """The rows of verl's batch, as `AgentLoopWorkerTQ.generate_sequences` takes them apart."""
+    rows: list[dict[str, Any]] = [{} for _ in range(len(batch))]
+    for name, column in batch.items():
+        for place, row in enumerate(rows):
+            if isinstance(column, torch.Tensor):
+                row[name] = column[place]
+            else:
+                row[name] = column.data if isinstance(column, NonTensorData) else column[place].data
+    return rows

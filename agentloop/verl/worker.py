@@ -1,0 +1,267 @@
+"""One process that runs rollouts for verl: engine client, renderer, parser, tools, reward, journal, and the loop over them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from agentloop.batch import row_key, to_rows
+from agentloop.engines.base import Sampling
+from agentloop.errors import ConfigError
+from agentloop.journal.base import Recorder, Tee
+from agentloop.loop import AgentLoop
+from agentloop.progress import Progress
+from agentloop.rollout import Rollout
+from agentloop.trajectory import Sample, Trajectory
+from agentloop.verl.metrics import SUMMARY, Summary, summarize
+from agentloop.verl.settings import RolloutSettings
+
+logger = logging.getLogger(__name__)
+
+FLUSH_S = 30.0
+"""How long a group's end waits for the journal."""
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """`n` siblings of one sample, asked for by one step of the trainer."""
+
+    sample: Sample
+    n: int
+    step: int
+    validate: bool
+    greedy: bool = False
+    """Temperature 0 whatever the settings say: the baseline rollout of ReMax."""
+
+    @property
+    def partition(self) -> str:
+        return "val" if self.validate else "train"
+
+    @property
+    def quorum(self) -> int:
+        """Rows that must be left for the group to count: a group of one is no baseline, unless it was meant to be."""
+        return 1 if self.validate else min(2, self.n)
+
+
+class RolloutWorker:
+    """Runs groups, each of them whole. A Ray actor in a run (`agentloop.verl.manager`), and a plain object in tests."""
+
+    def __init__(
+        self,
+        config: Any,
+        settings: RolloutSettings,
+        llm_client: Any,
+        reward_handles: Sequence[Any] | None,
+        *,
+        index: int = 0,
+        generation: int | None = None,
+        queue: Any = None,
+    ) -> None:
+        """`config` is verl's. `queue` is TransferQueue's module for the V1 trainer, already initialised, or `None`."""
+        from agentloop.verl.client import VerlEngine
+
+        self.settings = settings
+        self._queue = queue
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._journal: Any = None
+        tokenizer, chat_template = _tokenizer(config)
+        self.loop = build_loop(
+            VerlEngine(llm_client),
+            settings,
+            tokenizer,
+            chat_template=chat_template,
+            reward_handles=reward_handles,
+            recorder=self._recorder(config, tokenizer, index, generation),
+        )
+        self.rollout = Rollout(self.loop, max_concurrency=settings.max_concurrency)
+
+    def _recorder(self, config: Any, tokenizer: Any, index: int, generation: int | None) -> Recorder:
+        recorders: list[Recorder] = []
+        if self.settings.journal:
+            from agentloop.journal import JournalWriter, token_bytes
+
+            self._journal = JournalWriter(
+                self.settings.run_dir,
+                f"w{index}",
+                generation=generation,
+                decode=token_bytes(tokenizer),
+                meta=_meta(config, self.settings) if index == 0 else None,
+            )
+            recorders.append(self._journal)
+        if self.settings.progress:
+            several = self.settings.num_workers > 1
+            title = f"rollout worker {index}" if several else "rollout"
+            recorders.append(Progress(title, every_s=10.0 * self.settings.num_workers))
+        return Tee(*recorders)
+
+    async def ready(self) -> bool:
+        """Answers once the worker has been built: whoever waits for it gets what went wrong there."""
+        return True
+
+    # -- V1: rows go to TransferQueue as groups end ---------------------------------------------------------------------
+
+    async def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Start groups and return at once."""
+        for request in requests:
+            task = asyncio.create_task(self.group(request), name=request.sample.uid)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def group(self, request: GroupRequest) -> None:
+        """One group from `running` to `finished` or `failure`. Whatever happens in it stays in it."""
+        uid, partition = request.sample.uid, request.partition
+        await self._queue.async_kv_put(key=uid, partition_id=partition, tag={"status": "running"})
+        tag: dict[str, Any] = {"status": "failure"}
+        try:
+            trajectories = await self.run(request)
+            tag[SUMMARY] = summarize(trajectories)
+            left = [trajectory for trajectory in trajectories if not trajectory.masked]
+            if len(left) >= request.quorum:
+                await self._put(left, partition)
+                tag["status"] = "finished"
+            else:
+                logger.warning("%s", _too_few(request, trajectories))
+        except Exception:
+            logger.exception("group %s of step %d failed", uid, request.step)
+        # The trainer may end the run as soon as it has its last group, and this process with it.
+        await self.flush()
+        await self._queue.async_kv_put(key=uid, partition_id=partition, tag=tag)
+
+    async def _put(self, trajectories: Sequence[Trajectory], partition: str) -> None:
+        from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+        rows = [to_rows(trajectory) for trajectory in trajectories]
+        await self._queue.async_kv_batch_put(
+            keys=[row_key(trajectory) for trajectory in trajectories],
+            partition_id=partition,
+            fields=list_of_dict_to_tensordict(
+                [_for_verl(fields, t) for (fields, _), t in zip(rows, trajectories, strict=True)]
+            ),
+            tags=[tag for _, tag in rows],
+        )
+
+    # -- legacy: trajectories go back to the manager --------------------------------------------------------------------
+
+    async def generate(self, requests: Sequence[GroupRequest]) -> tuple[list[list[Trajectory]], list[Summary]]:
+        """Groups in order, and a summary of each. Raises what only a bug or wrong input raises."""
+        groups = await asyncio.gather(*(self.run(request) for request in requests))
+        await self.flush()
+        return groups, [summarize(group) for group in groups]
+
+    # -- both -----------------------------------------------------------------------------------------------------------
+
+    async def run(self, request: GroupRequest) -> list[Trajectory]:
+        return await self.rollout.group(
+            request.sample, request.n, sampling=self._sampling(request), step=request.step, validate=request.validate
+        )
+
+    def _sampling(self, request: GroupRequest) -> Sampling:
+        if request.validate:
+            return self.settings.val
+        if request.greedy:  # as verl's `apply_greedy_sampling_params`
+            return replace(self.settings.train, temperature=0.0, top_p=1.0, top_k=-1)
+        return self.settings.train
+
+    async def flush(self) -> None:
+        """Wait for the journal, unless other groups run here: the last of them will."""
+        if self._journal is not None and len(self._tasks) <= 1:
+            await asyncio.to_thread(self._journal.flush, FLUSH_S)
+
+    async def close(self) -> None:
+        await self.rollout.cancel()
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.close)
+
+
+def build_loop(
+    engine: Any,
+    settings: RolloutSettings,
+    tokenizer: Any,
+    *,
+    chat_template: str | None = None,
+    reward_handles: Sequence[Any] | None = None,
+    recorder: Recorder | None = None,
+) -> AgentLoop:
+    """The loop that `settings` describe. Without `reward_handles` trajectories end unscored, for a trainer that scores them."""
+    from agentloop.chat.load import load_parser, load_renderer
+    from agentloop.tools import ToolRegistry
+    from agentloop.verl.reward import VerlReward
+
+    def renderer(template_kwargs: Any) -> Any:
+        return load_renderer(
+            tokenizer,
+            chat_template=chat_template,
+            template_kwargs={**settings.template_kwargs, **template_kwargs},
+            kind=settings.renderer or "auto",
+        )
+
+    first = renderer({})
+    tools = None
+    if settings.tools or settings.function_tools:
+        tools = ToolRegistry.load(settings.tools, settings.function_tools).bind(first)
+    return AgentLoop(
+        engine,
+        renderer,
+        load_parser(settings.parser, first),
+        tools=tools,
+        reward=None if reward_handles is None else VerlReward(reward_handles),
+        config=settings.loop,
+        recorder=recorder,
+        seed=settings.seed,
+    )
+
+
+def _tokenizer(config: Any) -> tuple[Any, str | None]:
+    """verl's own tokenizer of the model, and the chat template that replaces the tokenizer's."""
+    from verl.utils.config import omega_conf_to_dataclass
+
+    model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+    if model.processor is not None:
+        raise ConfigError(f"{model.path}: the model takes images or audio, which agentloop does not support")
+    return model.tokenizer, model.custom_chat_template
+
+
+def _meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
+    """What `run.json` says of a run."""
+    from omegaconf import OmegaConf
+
+    schemas: list[Any] = []
+    if settings.tools or settings.function_tools:
+        from agentloop.tools import ToolRegistry
+
+        schemas = ToolRegistry.load(settings.tools, settings.function_tools).schemas
+    container = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    return {
+        "seed": settings.seed,
+        "model": settings.model_path,
+        "tools": schemas,
+        "config": container,
+        "loop": settings.loop.model_dump(mode="json"),
+    }
+
+
+def _for_verl(fields: dict[str, Any], trajectory: Trajectory) -> dict[str, Any]:
+    """In validation verl averages each entry of `reward_extra_info` by data source: the place for how the rollout went."""
+    if not trajectory.validate:
+        return fields
+    calls = list(trajectory.calls)
+    went = {
+        "agentloop/finished": float(trajectory.end_reason == "final_answer"),
+        "agentloop/turns": float(len(trajectory.turns)),
+        "agentloop/tool_calls": float(len(calls)),
+        "agentloop/tool_failures": float(sum(record.status != "ok" for record in calls)),
+    }
+    extra = dict(fields["extra_fields"])
+    extra["reward_extra_info"] = {**extra["reward_extra_info"], **went}
+    return {**fields, "extra_fields": extra}
+
+
+def _too_few(request: GroupRequest, trajectories: Sequence[Trajectory]) -> str:
+    reasons = [f"{t.id}: {t.end_reason}{f' ({t.error})' if t.error else ''}" for t in trajectories if t.masked]
+    return (
+        f"group {request.sample.uid} of step {request.step} has {len(trajectories) - len(reasons)} of {request.n} "
+        f"trajectories left, too few to train on; {'; '.join(reasons)}"
+    )
