@@ -236,7 +236,7 @@ class Trajectory:
 
     @property
     def id(self) -> str:
-        """`{uid}_{sibling}`, with `_{attempt}` for a resampled one; unique within a step and partition."""
+        """`{uid}_{sibling}`, with `_r{attempt}` for a resampled one; unique within a step and partition."""
         tail = f"_r{self.attempt}" if self.attempt else ""
         return f"{self.sample.uid}_{self.sibling}{tail}"
 
@@ -245,7 +245,7 @@ class Trajectory:
     def append_prompt(self, ids: Sequence[int]) -> None:
         if self._segments:
             raise LedgerError(f"trajectory {self.id}: a prompt can only be the first segment")
-        if not ids:
+        if not len(ids):
             raise LedgerError(f"trajectory {self.id}: the prompt is empty")
         self._append(Origin.PROMPT, ids, turn=-1)
 
@@ -267,9 +267,13 @@ class Trajectory:
         if log_probs is not None:
             if len(log_probs) != len(ids):
                 raise LedgerError(f"trajectory {self.id}: {len(log_probs)} log-probabilities for {len(ids)} sampled tokens")
-            if not all(math.isfinite(x) for x in log_probs):
+            try:
+                log_probs = [float(x) for x in log_probs]
+            except (TypeError, ValueError) as error:
+                raise LedgerError(f"trajectory {self.id}: a log-probability of turn {turn.index} is no number") from error
+            if not all(map(math.isfinite, log_probs)):
                 raise LedgerError(f"trajectory {self.id}: a log-probability of turn {turn.index} is not finite")
-        if ids:
+        if len(ids):
             self._append(Origin.SAMPLED, ids, turn=turn.index, log_probs=log_probs)
         self.turns.append(turn)
 
@@ -281,15 +285,19 @@ class Trajectory:
             raise LedgerError(f"trajectory {self.id}: {origin} tokens cannot carry log-probabilities")
         if not self.turns:
             raise LedgerError(f"trajectory {self.id}: {origin} tokens before the first turn")
-        if ids:
+        if len(ids):
             self._append(origin, ids, turn=self.turns[-1].index)
 
     def _append(self, origin: Origin, ids: Sequence[int], turn: int, log_probs: Sequence[float] | None = None) -> None:
-        packed = array("I", ids)  # raises for negative and non-integer ids
+        try:
+            packed = array("I", list(ids))
+        except (TypeError, OverflowError) as error:
+            raise LedgerError(f"trajectory {self.id}: {origin} tokens are not all token ids: {error}") from error
+        plain = packed.tolist()  # Python's own ints, whatever kind of integers came in
         self._segments.append(
-            Segment(origin, tuple(ids), len(self._ids), turn, None if log_probs is None else tuple(log_probs))
+            Segment(origin, tuple(plain), len(self._ids), turn, None if log_probs is None else tuple(log_probs))
         )
-        self._ids.extend(ids)
+        self._ids.extend(plain)
         self._crc = zlib.crc32(packed.tobytes(), self._crc)
 
     # -- what is derived --------------------------------------------------------------------------------------------
@@ -378,7 +386,12 @@ class Trajectory:
                 raise LedgerError(f"trajectory {self.id}: a segment starts at {segment.start}, not at {position}")
             if segment.origin is not Origin.SAMPLED and segment.log_probs is not None:
                 raise LedgerError(f"trajectory {self.id}: {segment.origin} tokens carry log-probabilities")
+            if segment.log_probs is not None and len(segment.log_probs) != len(segment.ids):
+                raise LedgerError(f"trajectory {self.id}: turn {segment.turn} has not one log-probability a token")
             crc = zlib.crc32(array("I", segment.ids).tobytes(), crc)
             position = segment.end
         if position != len(self._ids) or crc != self._crc:
             raise LedgerError(f"trajectory {self.id}: the token buffer differs from its segments")
+        sampled = [(segment.start, segment.end) for segment in self._segments if segment.origin is Origin.SAMPLED]
+        if [span for span in self.turn_spans if span[0] != span[1]] != sampled:
+            raise LedgerError(f"trajectory {self.id}: the turns' spans differ from the sampled segments")
