@@ -10,13 +10,21 @@ if TYPE_CHECKING:
     from agentloop.journal.format import JournalError as JournalError
     from agentloop.journal.meta import next_generation as next_generation
     from agentloop.journal.pieces import token_bytes as token_bytes
+    from agentloop.journal.reader import Problem as Problem
+    from agentloop.journal.reader import Run as Run
+    from agentloop.journal.recorded import RecordedTrajectory as RecordedTrajectory
+    from agentloop.journal.recorded import Row as Row
     from agentloop.journal.writer import JournalWriter as JournalWriter
 
 _HOMES = {
     "JournalError": "format",
     "JournalWriter": "writer",
     "NullRecorder": "base",
+    "Problem": "reader",
+    "RecordedTrajectory": "recorded",
     "Recorder": "base",
+    "Row": "recorded",
+    "Run": "reader",
     "next_generation": "meta",
     "token_bytes": "pieces",
 }

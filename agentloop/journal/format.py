@@ -17,7 +17,6 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,34 +158,27 @@ def decode_frame(packed: bytes, crc: int, where: str) -> TokenFrame:
     return TokenFrame(ids, log_probs, lens, text)
 
 
-def walk_frames(data: bytes | memoryview) -> Iterable[tuple[int, bytes, int]]:
-    """`(offset of the compressed bytes, compressed bytes, CRC-32)` of each whole frame, up to a torn tail."""
-    at = 0
-    while at + _PREFIX.size <= len(data):
-        length, crc = _PREFIX.unpack_from(data, at)
-        at += _PREFIX.size
-        if at + length > len(data):
-            return
-        yield at, bytes(data[at : at + length]), crc
-        at += length
-
-
 # -- JSON lines -----------------------------------------------------------------------------------------------------
 
 _OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
 
-def dump_line(event: dict[str, Any]) -> bytes:
-    """One line with its newline.
+def dump_json(value: Any) -> bytes:
+    """`value` as JSON.
 
-    What orjson refuses (integers beyond 64 bits, lone surrogates) is written by the standard library, and the line
-    begins with a space: such a line is JSON, but not every parser keeps these values exactly. Non-finite numbers become
-    `null`; what JSON has no form for becomes its `str`.
+    What orjson refuses (integers beyond 64 bits, lone surrogates) is written by the standard library, with a space before
+    it: that is JSON too, but not every parser keeps such values exactly. Non-finite numbers become `null`; what JSON has no
+    form for becomes its `str`.
     """
     try:
-        return orjson.dumps(event, default=_plain, option=_OPTIONS) + b"\n"
+        return orjson.dumps(value, default=_plain, option=_OPTIONS)
     except (TypeError, ValueError):
-        return b" " + json.dumps(_sanitise(event), ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+        return b" " + json.dumps(_sanitise(value), ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def dump_line(event: dict[str, Any]) -> bytes:
+    """One line with its newline; see `dump_json`."""
+    return dump_json(event) + b"\n"
 
 
 def load_line(line: bytes) -> Any:

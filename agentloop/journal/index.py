@@ -46,7 +46,7 @@ class Rows:
             row["reward"], row["components"] = event["value"], event["components"]
         elif kind == "traj_end":
             row["complete"] = True
-            for name in ("end_reason", "error", "masked", "score_s", "total_s", "tool_calls", "tool_failures"):
+            for name in ("end_reason", "state", "error", "masked", "score_s", "total_s", "tool_calls", "tool_failures"):
                 row[name] = event[name]
 
     def scan(self, path: Path) -> None:
@@ -105,6 +105,7 @@ def _new_row(event: dict[str, Any]) -> RawRow:
         "t": event["t"],
         "complete": False,
         "end_reason": None,
+        "state": None,
         "error": None,
         "masked": False,
         "reward": None,

@@ -106,6 +106,8 @@ class StepFile:
             event["tok"] = FrameRef(offset, length, crc)._asdict()
             if event["type"] == "turn" and pieces is not None:
                 event["text"] = frame.piece_bytes.decode("utf-8", "replace")
+        elif event["type"] == "turn" and pieces is not None:
+            event["text"] = ""
         line = dump_line(event)
         offset = self.events.append(line)
         self.rows.feed(event, offset, len(line))

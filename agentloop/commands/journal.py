@@ -1,0 +1,250 @@
+"""`agentloop ls | show | stats | export`: what a run recorded."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from agentloop.errors import ConfigError, nearest
+from agentloop.journal.export import export as export_run
+from agentloop.journal.format import PARTITIONS, JournalError
+from agentloop.journal.reader import Run, run_names
+from agentloop.journal.recorded import Row
+from agentloop.journal.show import show_trajectory, table, visible
+from agentloop.journal.stats import step_stats, summarise
+
+RUNS = Path("runs")
+"""Where runs lie unless told otherwise."""
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="folder of a run, or its name under ./runs")]
+StepOption = Annotated[int | None, typer.Option(min=0, help="only this step")]
+PartitionOption = Annotated[str | None, typer.Option(metavar="train|val", help="only this partition")]
+
+
+def ls(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="folder of a run, or its name under ./runs")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="list this step's trajectories")] = None,
+    partition: PartitionOption = None,
+) -> None:
+    """List the runs under ./runs, the steps of a run, or the trajectories of a step."""
+    console = _console()
+    if run is None:
+        _list_runs(console)
+        return
+    opened, rows = _rows(run, step, partition)
+    if step is not None:
+        _list_trajectories(console, rows)
+        return
+    table(
+        console,
+        ["partition", "step", "trajectories", "incomplete", "reward", "turns", "tokens", "tool calls", "failed calls", "ended"],
+        [
+            [
+                found.place.partition,
+                found.place.step,
+                found.trajectories,
+                found.incomplete,
+                _number(found.mean_reward),
+                _number(found.mean_turns, 2),
+                found.tokens,
+                found.tool_calls,
+                found.tool_failures.total(),
+                _counts(found.end_reasons),
+            ]
+            for found in summarise(rows)
+        ],
+    )
+    if not rows:
+        console.print(f"{opened.path}: nothing recorded yet", markup=False)
+
+
+def show(
+    run: RunArgument,
+    id: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="a trajectory, as `agentloop ls RUN --step N` lists it")
+    ] = None,
+    step: StepOption = None,
+    partition: PartitionOption = None,
+    best: Annotated[bool, typer.Option("--best", help="the one with the highest reward")] = False,
+    worst: Annotated[bool, typer.Option("--worst", help="the one with the lowest reward")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="token by token, coloured by origin")] = False,
+) -> None:
+    """Print one conversation: what the model wrote, what the tools answered, the reward and why it ended.
+
+    Without an ID the last one that was recorded.
+    """
+    if sum([id is not None, best, worst]) > 1:
+        raise ConfigError("agentloop show: give one of ID, --best and --worst")
+    opened, rows = _rows(run, step, partition)
+    console = _console()
+    if id is not None:
+        row = _named(opened, rows, id)
+    elif not rows:
+        raise ConfigError(f"{opened.path}: nothing recorded yet")
+    elif best or worst:
+        scored = [row for row in rows if row.reward is not None]
+        if not scored:
+            raise ConfigError(f"{opened.path}: no trajectory with a reward")
+        row = (max if best else min)(scored, key=lambda row: row.reward or 0.0)
+    else:
+        row = max(rows, key=lambda row: row.t)
+    damage = None
+    try:
+        recorded = opened.load(row)
+    except JournalError as error:
+        damage = str(error)
+        recorded = opened.load(row, tokens=False)
+    show_trajectory(console, recorded, tokens=tokens, damage=damage)
+
+
+def stats(
+    run: RunArgument,
+    step: StepOption = None,
+    partition: PartitionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Rewards, end reasons, failures and latencies, step by step."""
+    opened, rows = _rows(run, step, partition)
+    found = [step_stats(opened, summary) for summary in summarise(rows)]
+    if as_json:
+        typer.echo(json.dumps({"run": str(opened.path), "steps": found}))
+        return
+    console = _console()
+    table(
+        console,
+        ["partition", "step", "reward", "min", "max", "generate p50/p95 s", "trajectory p50/p95 s", "ended"],
+        [
+            [
+                item["partition"],
+                item["step"],
+                _number(item["reward"]["mean"]),
+                _number(item["reward"]["min"]),
+                _number(item["reward"]["max"]),
+                _pair(item["latency_s"]["generate"]),
+                _pair(item["latency_s"]["trajectory"]),
+                _counts(item["end_reasons"] | ({"incomplete": item["incomplete"]} if item["incomplete"] else {})),
+            ]
+            for item in found
+        ],
+    )
+    console.print()
+    table(
+        console,
+        ["partition", "step", "tool", "calls", "failed", "p50/p95 s"],
+        [
+            [item["partition"], item["step"], name, tool["calls"], tool["failures"], _pair(tool)]
+            for item in found
+            for name, tool in item["tools"].items()
+        ],
+    )
+
+
+def export(
+    run: RunArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="what to write; replaced if it is there")],
+    to: Annotated[str, typer.Option(metavar="jsonl|parquet", help="jsonl has the keys of verl's rollout dump")] = "jsonl",
+    step: StepOption = None,
+    partition: PartitionOption = None,
+    incomplete: Annotated[bool, typer.Option("--incomplete", help="trajectories that have not ended too")] = False,
+) -> None:
+    """Write the trajectories for other programs, one line or row each."""
+    opened, _ = _rows(run, step, partition)
+    count, damaged = export_run(opened, file, to, partition=partition, step=step, incomplete=incomplete)
+    typer.echo(f"{count} trajectories written to {file}")
+    for sentence in damaged:
+        typer.echo(f"left out: {sentence}", err=True)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _list_runs(console: Console) -> None:
+    names = run_names(RUNS)
+    if not names:
+        console.print("no runs under ./runs")
+        return
+    lines = []
+    for name in names:
+        run = Run(RUNS / name)
+        rows = list(run.trajectories("train"))
+        last = max((row.step for row in rows), default=None)
+        final = summarise(row for row in rows if row.step == last)
+        when = datetime.datetime.fromtimestamp(max(row.t for row in rows)).strftime("%Y-%m-%d %H:%M") if rows else "-"
+        reward = _number(final[0].mean_reward) if final else "-"
+        lines.append([name, "-" if last is None else last, len(rows), reward, when])
+    table(console, ["run", "last step", "trajectories", "reward then", "last start"], lines)
+
+
+def _list_trajectories(console: Console, rows: list[Row]) -> None:
+    table(
+        console,
+        ["partition", "id", "reward", "end", "turns", "tokens", "sampled", "tool calls", "failed calls", "s", "note"],
+        [
+            [
+                row.partition,
+                visible(row.id),
+                _number(row.reward),
+                _end(row),
+                row.turns,
+                row.tokens,
+                row.sampled_tokens,
+                row.tool_calls,
+                _counts(row.tool_failures),
+                _number(row.total_s, 2) if row.complete else "-",
+                " ".join((["masked"] if row.masked else []) + ([visible(row.error)] if row.error else [])),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _rows(name: str, step: int | None, partition: str | None) -> tuple[Run, list[Row]]:
+    """The run, and its trajectories of a step and partition; `ConfigError` if there is no such step."""
+    if partition is not None and partition not in PARTITIONS:
+        raise ConfigError(f"--partition: no partition '{partition}'; {nearest(partition, PARTITIONS)}")
+    run = _open(name)
+    rows = list(run.trajectories(partition, step))
+    if step is not None and not rows:
+        steps = sorted({place.step for place in run.steps() if partition in (None, place.partition)})
+        there = f"it has steps {steps[0]} to {steps[-1]}" if steps else "nothing is recorded yet"
+        raise ConfigError(f"{run.path}: no trajectories of step {step}; {there}")
+    return run, rows
+
+
+def _open(name: str) -> Run:
+    path = Path(name)
+    if not path.exists() and len(path.parts) == 1:
+        if name not in run_names(RUNS):
+            raise ConfigError(f"no run '{name}' here or under ./{RUNS}; {nearest(name, run_names(RUNS))}")
+        path = RUNS / name
+    return Run(path)
+
+
+def _named(run: Run, rows: list[Row], key: str) -> Row:
+    found = [row for row in rows if row.id == key]
+    return max(found, key=lambda row: (row.step, row.t)) if found else run.load(key, tokens=False).row
+
+
+def _end(row: Row) -> str:
+    return (row.end_reason or "error") if row.complete else "incomplete"
+
+
+def _counts(counts: object) -> str:
+    assert isinstance(counts, dict)
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])) or "-"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _pair(quantiles: dict[str, float | None]) -> str:
+    return f"{_number(quantiles['p50'])} / {_number(quantiles['p95'])}"
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=False)

@@ -1,0 +1,180 @@
+"""`Run`: reads a run's journal, while it is written or afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentloop.errors import ConfigError, nearest
+from agentloop.journal.format import (
+    EVENTS_SUFFIX,
+    PARTITIONS,
+    TOKENS_SUFFIX,
+    FileName,
+    JournalError,
+    Place,
+    load_line,
+    parse_file_name,
+    parse_step_name,
+    sibling_path,
+)
+from agentloop.journal.index import RawRow, Rows, read_rows
+from agentloop.journal.meta import read_run
+from agentloop.journal.recorded import RecordedTrajectory, Row, build
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something in a journal that is not as its writer meant it."""
+
+    kind: str
+    """`torn_tail` (a writer was killed within a line; nothing that was finished is concerned), `bad_line` (the same,
+    before the writer was started again) or `damaged` (a trajectory whose tokens cannot be trusted)."""
+    file: Path
+    what: str
+
+
+class Run:
+    """A run on disk. Every call sees what has been written by then.
+
+    Of each step of each partition only the highest generation counts: what a resumed run does again supersedes what was
+    there, as a whole. The writers of one generation are merged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises `ConfigError` if there is no run at `path`, naming the nearest one that is there."""
+        self.path = Path(path)
+        if not is_run(self.path):
+            raise ConfigError(f"{self.path}: no run here; {nearest(self.path.name, run_names(self.path.parent))}")
+        self._cache: dict[Path, Rows] = {}
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """`run.json`; empty if the writers were given no metadata."""
+        return read_run(self.path)
+
+    def steps(self) -> list[Place]:
+        """Every partition and step that has files, in order: `train` first, then by step."""
+        places = []
+        for partition in PARTITIONS:
+            folder = self.path / partition
+            if folder.is_dir():
+                steps = [parse_step_name(item.name) for item in folder.iterdir()]
+                places += [Place(partition, step) for step in sorted(step for step in steps if step is not None)]
+        return places
+
+    def trajectories(self, partition: str | None = None, step: int | None = None) -> Iterator[Row]:
+        """The trajectories of a partition and a step (`None`: of all), in the order in which they started."""
+        for place in self.steps():
+            if partition in (None, place.partition) and step in (None, place.step):
+                yield from self._rows_of(place)
+
+    def load(
+        self, trajectory: str | Row, step: int | None = None, partition: str | None = None, *, tokens: bool = True
+    ) -> RecordedTrajectory:
+        """One trajectory, by its row or its id; of several with one id the one of the last step.
+
+        `tokens=False` reads the events alone. Raises `ConfigError` for an unknown id and `JournalError` if its record is
+        damaged.
+        """
+        row = trajectory if isinstance(trajectory, Row) else self._find(trajectory, step, partition)
+        return build(row, _read_events(row), sibling_path(row.file, TOKENS_SUFFIX) if tokens else None)
+
+    def verify(self) -> list[Problem]:
+        """Read every event and every frame, superseded ones included, and tell what is wrong."""
+        problems = []
+        for place in self.steps():
+            for path, name in self._files(place):
+                rows = self._read(path)
+                if rows.size < path.stat().st_size:
+                    problems.append(Problem("torn_tail", path, f"a torn line at offset {rows.size}"))
+                problems += [Problem("bad_line", path, f"not an event at offset {offset}") for offset in rows.bad_lines]
+                for raw in rows.by_id.values():
+                    try:
+                        self.load(_row(raw, place, name, path))
+                    except JournalError as error:
+                        problems.append(Problem("damaged", path, str(error)))
+        return problems
+
+    def rebuild_indexes(self) -> int:
+        """Write the index of every event file anew from its events; how many. Not while the run is being written."""
+        files = [path for place in self.steps() for path, _ in self._files(place)]
+        self._cache.clear()
+        for path in files:
+            rows = Rows()
+            rows.scan(path)
+            rows.save(path)
+        return len(files)
+
+    def _find(self, key: str, step: int | None, partition: str | None) -> Row:
+        rows = list(self.trajectories(partition, step))
+        found = [row for row in rows if row.id == key]
+        if found:
+            return max(found, key=lambda row: (row.step, row.t))
+        where = "".join([f" in step {step}" if step is not None else "", f" of {partition}" if partition else ""])
+        raise ConfigError(f"{self.path}: no trajectory '{key}'{where}; {nearest(key, _few({row.id for row in rows}, key))}")
+
+    def _rows_of(self, place: Place) -> list[Row]:
+        by_generation: dict[int, list[Row]] = {}
+        for path, name in self._files(place):
+            rows = [_row(raw, place, name, path) for raw in self._read(path).by_id.values()]
+            if rows:
+                by_generation.setdefault(name.generation, []).extend(rows)
+        best: dict[str, Row] = {}
+        for row in by_generation[max(by_generation)] if by_generation else ():
+            other = best.get(row.id)
+            if other is None or (other.complete, other.t) < (row.complete, row.t):
+                best[row.id] = row
+        return sorted(best.values(), key=lambda row: row.t)
+
+    def _files(self, place: Place) -> list[tuple[Path, FileName]]:
+        paths = sorted((self.path / place.folder).glob("*" + EVENTS_SUFFIX))
+        named = [(path, parse_file_name(path.name)) for path in paths]
+        return [(path, name) for path, name in named if name is not None]
+
+    def _read(self, path: Path) -> Rows:
+        rows = self._cache.get(path)
+        size = path.stat().st_size
+        if rows is None or rows.size > size:
+            self._cache[path] = rows = read_rows(path)
+        elif rows.size < size:
+            rows.scan(path)
+        return rows
+
+
+def is_run(path: Path) -> bool:
+    return (path / "run.json").is_file() or any((path / partition).is_dir() for partition in PARTITIONS)
+
+
+def run_names(folder: Path) -> list[str]:
+    """Names of the runs in a folder."""
+    return sorted(item.name for item in folder.iterdir() if is_run(item)) if folder.is_dir() else []
+
+
+def _read_events(row: Row) -> list[Mapping[str, Any]]:
+    try:
+        with row.file.open("rb") as file:
+            events = []
+            for offset, length in row.lines:
+                file.seek(offset)
+                events.append(load_line(file.read(length)))
+    except (OSError, ValueError) as error:
+        raise JournalError(f"{row.file}: trajectory {row.id}: {error}") from error
+    if events[0].get("type") != "traj_start" or any(event.get("id") != row.id for event in events):
+        raise JournalError(f"{row.file}: trajectory {row.id}: the index is not this file's")
+    return events
+
+
+def _row(raw: RawRow, place: Place, name: FileName, path: Path) -> Row:
+    fields = {key: value for key, value in raw.items() if key != "lines"}
+    lines = tuple((offset, length) for offset, length in raw["lines"])
+    return Row(**fields, **place._asdict(), **name._asdict(), file=path, lines=lines)
+
+
+def _few(known: set[str], key: str) -> list[str]:
+    """Enough ids for a hint, not a screenful."""
+    import difflib
+
+    return difflib.get_close_matches(key, known, n=1) or sorted(known)[:5]

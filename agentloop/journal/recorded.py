@@ -1,0 +1,337 @@
+"""One trajectory as it was recorded: the conversation, the turns and the token columns."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentloop.journal.format import FrameRef, JournalError, TokenFrame, decode_frame
+from agentloop.trajectory import (
+    CallRecord,
+    CallStatus,
+    EndReason,
+    Origin,
+    Reward,
+    Sample,
+    State,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+
+ORIGINS = (Origin.PROMPT, Origin.SAMPLED, Origin.OBSERVATION, Origin.TEMPLATE)
+"""The column `origin` holds places in this tuple."""
+NO_VERSION = -1
+"""In the column `weight_version`: not sampled, or the engine did not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a listing tells of a trajectory; cheap to read."""
+
+    id: str
+    partition: str
+    step: int
+    uid: str
+    sibling: int
+    attempt: int
+    data_source: str
+    t: float
+    """When it started, in seconds since 1970."""
+    complete: bool
+    """It ended while the writer lived. An incomplete one is still running, or was killed, or could not be written."""
+    end_reason: str | None
+    """`None` if incomplete, or if it was ended by an error of the program (`error` tells)."""
+    state: str | None
+    error: str | None
+    masked: bool
+    reward: float | None
+    components: Mapping[str, float]
+    turns: int
+    tokens: int
+    """All: prompt, sampled, observations and glue."""
+    prompt_tokens: int
+    sampled_tokens: int
+    tool_calls: int
+    tool_failures: Mapping[str, int]
+    """Calls whose status is not `ok`, by status."""
+    score_s: float
+    total_s: float
+    writer: str
+    generation: int
+    file: Path = field(repr=False)
+    """The event file."""
+    lines: tuple[tuple[int, int], ...] = field(repr=False)
+    """Offset and length of each of its events there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The tokens of one trajectory, one array a property; all have `n` entries."""
+
+    ids: Any
+    """uint32."""
+    origin: Any
+    """uint8: a place in `ORIGINS`."""
+    mask: Any
+    """uint8: 1 where the token was sampled, that is trained."""
+    log_probs: Any
+    """float32: NaN where the token was not sampled or its log-probability was not asked for."""
+    turn: Any
+    """int16: the turn that the token belongs to; -1 is the prompt."""
+    weight_version: Any
+    """int64: of the turn that sampled the token; `NO_VERSION` elsewhere."""
+    piece_lens: Any
+    """uint16: bytes of text of each token; `None` if the writer had no tokenizer."""
+    piece_bytes: bytes
+    """The bytes of all tokens, joined."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def pieces(self) -> list[bytes] | None:
+        """The bytes of each token; one may hold a part of a character."""
+        if self.piece_lens is None:
+            return None
+        ends = np.cumsum(self.piece_lens, dtype=np.int64).tolist()
+        return [self.piece_bytes[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def text(self, start: int = 0, end: int | None = None) -> str | None:
+        """The text of tokens `start:end`, with U+FFFD for what is not UTF-8."""
+        if self.piece_lens is None:
+            return None
+        before = int(self.piece_lens[:start].sum(dtype=np.int64))
+        length = int(self.piece_lens[start:end].sum(dtype=np.int64))
+        return self.piece_bytes[before : before + length].decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class RecordedTrajectory:
+    """A trajectory read back. What the ledger derives (`input_ids`, `response_mask`, …) is derived here the same way."""
+
+    row: Row
+    sample: Sample
+    """Without `fields`, which the journal does not keep."""
+    turns: list[Turn]
+    """With their calls in the order in which the model wrote them; without `engine_data`."""
+    texts: list[str | None]
+    """What the model wrote in each turn, control tokens included; `None` if the writer had no tokenizer."""
+    reward: Reward | None
+    segments: list[tuple[Origin, int, int]]
+    """Origin, number of tokens, turn."""
+    times: list[float]
+    """When each turn's generation was recorded, in seconds since 1970."""
+    columns: Columns | None
+    """`None` if it was loaded without tokens."""
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation as OpenAI-style messages: the sample's, then each turn's text and what its tools answered.
+
+        An assistant's `content` is what was sampled, tool-call markup included."""
+        messages = list(self.sample.messages)
+        for turn, text in zip(self.turns, self.texts, strict=True):
+            messages.append({"role": "assistant", "content": text})
+            messages += [
+                {"role": "tool", "tool_call_id": record.call.id, "name": record.call.name, "content": record.text}
+                for record in turn.calls
+            ]
+        return messages
+
+    @property
+    def prompt_len(self) -> int:
+        return self.segments[0][1] if self.segments and self.segments[0][0] is Origin.PROMPT else 0
+
+    @property
+    def input_ids(self) -> list[int]:
+        return [int(i) for i in self._tokens.ids.tolist()]
+
+    @property
+    def response_mask(self) -> list[int]:
+        return [int(i) for i in self._tokens.mask[self.prompt_len :].tolist()]
+
+    @property
+    def rollout_log_probs(self) -> list[float] | None:
+        """As the ledger's, rounded to float32."""
+        columns = self._tokens
+        values = np.where(columns.mask == 1, columns.log_probs, np.float32(0.0))[self.prompt_len :]
+        return None if np.isnan(values).any() else [float(x) for x in values.tolist()]
+
+    @property
+    def turn_spans(self) -> list[tuple[int, int]]:
+        return [(turn.start, turn.end) for turn in self.turns]
+
+    def to_trajectory(self) -> Trajectory:
+        """The ledger again, through its own appends. Log-probabilities are rounded to float32."""
+        row, columns = self.row, self._tokens
+        trajectory = Trajectory(self.sample, sibling=row.sibling, step=row.step, validate=row.partition == "val")
+        trajectory.attempt = row.attempt
+        waiting = list(self.turns)
+        start = 0
+        for origin, n, turn in self.segments:
+            ids = columns.ids[start : start + n].tolist()
+            values = columns.log_probs[start : start + n]
+            while waiting and waiting[0].index < turn:  # empty generations have no segment
+                trajectory.append_sampled([], None, waiting.pop(0))
+            if origin is Origin.PROMPT:
+                trajectory.append_prompt(ids)
+            elif origin is Origin.SAMPLED:
+                trajectory.append_sampled(ids, None if np.isnan(values).any() else values.tolist(), waiting.pop(0))
+            else:
+                if waiting and waiting[0].index == turn:
+                    trajectory.append_sampled([], None, waiting.pop(0))
+                trajectory.append(origin, ids)
+            start += n
+        for turn_left in waiting:
+            trajectory.append_sampled([], None, turn_left)
+        trajectory.reward, trajectory.masked, trajectory.error = self.reward, row.masked, row.error
+        trajectory.end_reason = EndReason(row.end_reason) if row.end_reason else None
+        trajectory.state = State(row.state) if row.state else State.PENDING
+        trajectory.score_s, trajectory.total_s = row.score_s, row.total_s
+        return trajectory
+
+    @property
+    def _tokens(self) -> Columns:
+        if self.columns is None:
+            raise ValueError(f"trajectory {self.row.id} was loaded without its tokens")
+        return self.columns
+
+
+def build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | None) -> RecordedTrajectory:
+    """Put the events of one trajectory together; `token_file=None` leaves the tokens out.
+
+    Raises `JournalError` if a frame is damaged or missing, or the tokens are not those that the writer counted.
+    """
+    start = events[0]
+    turns: list[Turn] = []
+    texts: list[str | None] = []
+    times: list[float] = []
+    calls: dict[int, list[CallRecord]] = {}
+    segments: list[tuple[Origin, int, int]] = []
+    reward: Reward | None = None
+    end: Mapping[str, Any] | None = None
+    for event in events:
+        kind = event["type"]
+        segments += [(Origin(origin), n, event.get("turn", -1)) for origin, n in event.get("segments") or ()]
+        if kind == "turn":
+            turns.append(_turn(event))
+            texts.append(event.get("text"))
+            times.append(event["t"])
+        elif kind == "tool":
+            calls.setdefault(event["turn"], []).append(_call_record(event))
+        elif kind == "reward":
+            components = {name: _number(value) for name, value in event["components"].items()}
+            reward = Reward(_number(event["value"]), components, event["info"])
+        elif kind == "traj_end":
+            end = event
+    for turn in turns:
+        turn.calls = calls.get(turn.index, [])
+        if end is not None and turn.index < len(end["turns"]):
+            settled = end["turns"][turn.index]
+            turn.calls = [turn.calls[place] for place in settled["calls"]]
+            turn.tools_s, turn.closed_by_template = settled["tools_s"], settled["closed_by_template"]
+            turn.parse_errors = settled["parse_errors"]
+    columns = _columns(row, events, segments, turns, token_file) if token_file is not None else None
+    if (
+        columns is not None
+        and end is not None
+        and (len(columns), zlib.crc32(columns.ids.tobytes()))
+        != (
+            end["tokens"],
+            end["crc"],
+        )
+    ):
+        raise JournalError(f"{row.file}: trajectory {row.id}: its tokens are not those that were counted when it ended")
+    tools = start["sample"]["tools"]
+    sample = Sample(**{**start["sample"], "tools": None if tools is None else tuple(tools)})
+    return RecordedTrajectory(row, sample, turns, texts, reward, segments, times, columns)
+
+
+def _columns(
+    row: Row,
+    events: Sequence[Mapping[str, Any]],
+    segments: Sequence[tuple[Origin, int, int]],
+    turns: Sequence[Turn],
+    token_file: Path,
+) -> Columns:
+    frames = _frames(events, token_file)
+    counts = [n for _, n, _ in segments]
+    if sum(counts) != sum(len(frame.ids) for frame in frames):
+        raise JournalError(f"{token_file}: trajectory {row.id}: a frame's length is not its event's")
+    origins: Any = np.repeat(np.array([ORIGINS.index(origin) for origin, _, _ in segments], np.uint8), counts)
+    turn_of: Any = np.repeat(np.array([turn for _, _, turn in segments], np.int16), counts)
+    mask = (origins == ORIGINS.index(Origin.SAMPLED)).astype(np.uint8)
+    versions = {t.index: NO_VERSION if t.weight_version is None else t.weight_version for t in turns}
+    by_segment = [versions.get(t, NO_VERSION) if o is Origin.SAMPLED else NO_VERSION for o, _, t in segments]
+    log_probs = [np.full(len(f.ids), np.nan, np.float32) if f.log_probs is None else f.log_probs for f in frames]
+    has_text = all(frame.piece_lens is not None for frame in frames)
+    return Columns(
+        ids=_joined([frame.ids for frame in frames], np.uint32),
+        origin=origins,
+        mask=mask,
+        log_probs=_joined(log_probs, np.float32),
+        turn=turn_of,
+        weight_version=np.repeat(np.array(by_segment, np.int64), counts),
+        piece_lens=_joined([frame.piece_lens for frame in frames], np.uint16) if has_text else None,
+        piece_bytes=b"".join(frame.piece_bytes for frame in frames),
+    )
+
+
+def _frames(events: Sequence[Mapping[str, Any]], token_file: Path) -> list[TokenFrame]:
+    refs = [FrameRef(**event["tok"]) for event in events if event.get("tok")]
+    if not refs:
+        return []
+    frames = []
+    try:
+        with token_file.open("rb") as file:
+            for ref in refs:
+                file.seek(ref.off)
+                frames.append(decode_frame(file.read(ref.len), ref.crc, f"{token_file}, offset {ref.off}"))
+    except OSError as error:
+        raise JournalError(f"{token_file}: {error.strerror}") from error
+    return frames
+
+
+def _joined(arrays: list[Any], dtype: Any) -> Any:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
+
+
+def _turn(event: Mapping[str, Any]) -> Turn:
+    return Turn(
+        index=event["turn"],
+        start=event["start"],
+        end=event["end"],
+        stop_reason=StopReason(event["stop_reason"]),
+        weight_version=event["weight_version"],
+        min_weight_version=event["min_weight_version"],
+        cached_tokens=event["cached_tokens"],
+        generate_s=event["generate_s"],
+    )
+
+
+def _call_record(event: Mapping[str, Any]) -> CallRecord:
+    return CallRecord(
+        call=ToolCall(**event["call"]),
+        status=CallStatus(event["status"]),
+        text=event["text"],
+        reward=_number(event["reward"]),
+        metrics=event["metrics"],
+        attempts=event["attempts"],
+        queue_s=event["queue_s"],
+        run_s=event["run_s"],
+        cut_tokens=event["cut_tokens"],
+        on_error=event["on_error"],
+    )
+
+
+def _number(value: Any) -> float:
+    """JSON has no form for a number that is not finite."""
+    return math.nan if value is None else value

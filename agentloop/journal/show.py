@@ -1,0 +1,184 @@
+"""Recorded things in a terminal: tables, one conversation, its tokens. What a model or tool wrote cannot act on it."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from agentloop.journal.recorded import ORIGINS, RecordedTrajectory
+from agentloop.trajectory import CallRecord, CallStatus, Origin, Turn
+
+STYLES = {Origin.PROMPT: "blue", Origin.SAMPLED: "green", Origin.OBSERVATION: "yellow", Origin.TEMPLATE: "magenta"}
+_JOINERS = "\u200c\u200d"
+"""Invisible, harmless, and what emoji are put together with."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with everything that could steer a terminal or reorder a line (control and format characters, lone surrogates)
+    written as an escape, but for the characters in `keep`.
+
+    >>> visible("\\x1b[31mred\\u202e")
+    '\\\\x1b[31mred\\\\u202e'
+    """
+    return "".join(
+        _escape(char) if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in keep + _JOINERS else char
+        for char in text
+    )
+
+
+def _escape(char: str) -> str:
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(char) or char.encode("unicode_escape", "backslashreplace").decode()
+
+
+def table(console: Console, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table; on a terminal with lines and colour, else plain columns that are never cut or wrapped."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    if console.is_terminal:
+        drawn = Table(*head, header_style="bold", box=None, pad_edge=False)
+        for row in cells:
+            drawn.add_row(*[Text(cell) for cell in row])
+        console.print(drawn)
+        return
+    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
+    for row in [list(head), *cells]:
+        _plain(console, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_trajectory(console: Console, recorded: RecordedTrajectory, *, tokens: bool = False, damage: str | None = None) -> None:
+    """Print one conversation; `damage` is a sentence on why its tokens could not be read."""
+    row = recorded.row
+    _line(console, f"{row.id}  {row.partition} step {row.step}  writer {row.writer}  generation {row.generation}", "bold")
+    _line(
+        console,
+        f"{row.turns} turns, {row.tokens} tokens ({row.prompt_tokens} prompt, {row.sampled_tokens} sampled), "
+        f"{row.tool_calls} tool calls",
+    )
+    if damage is not None:
+        _line(console, f"damaged: {damage}", "bold red")
+    if tokens and recorded.columns is not None:
+        console.print()
+        _tokens(console, recorded)
+    else:
+        for message in recorded.sample.messages:
+            console.print()
+            _line(console, str(message.get("role", "?")), "bold blue")
+            _block(console, _content(message), "blue")
+        for turn, text in zip(recorded.turns, recorded.texts, strict=True):
+            console.print()
+            _turn(console, turn, text)
+    console.print()
+    _end(console, recorded)
+
+
+def _turn(console: Console, turn: Turn, text: str | None) -> None:
+    parts = [f"turn {turn.index}", turn.stop_reason.value, f"{turn.end - turn.start} tokens", f"{turn.generate_s:.3f} s"]
+    if turn.weight_version is not None:
+        mixed = turn.min_weight_version is not None and turn.min_weight_version != turn.weight_version
+        parts.append(
+            f"weights {turn.min_weight_version} to {turn.weight_version}" if mixed else f"weights {turn.weight_version}"
+        )
+    if turn.cached_tokens:
+        parts.append(f"{turn.cached_tokens} cached")
+    if turn.closed_by_template:
+        parts.append("cut, closed by the template")
+    _line(console, "  ".join(parts), "bold green")
+    _block(console, "(no text: the journal was written without a tokenizer)" if text is None else text, "green")
+    for sentence in turn.parse_errors:
+        _line(console, f"  malformed call: {sentence}", "red")
+    for record in turn.calls:
+        _call(console, record)
+
+
+def _call(console: Console, record: CallRecord) -> None:
+    parts = [f"  {record.call.name}({_json(record.call.arguments)})", record.status.value]
+    parts.append(f"{record.run_s:.3f} s")
+    if record.queue_s:
+        parts.append(f"queued {record.queue_s:.3f} s")
+    if record.attempts > 1:
+        parts.append(f"{record.attempts} attempts")
+    if record.cut_tokens:
+        parts.append(f"{record.cut_tokens} tokens cut")
+    if record.reward:
+        parts.append(f"reward {record.reward:g}")
+    _line(console, "  ".join(parts), "bold yellow" if record.status is CallStatus.OK else "bold red")
+    _block(console, record.text, "yellow", indent="    ")
+
+
+def _end(console: Console, recorded: RecordedTrajectory) -> None:
+    row = recorded.row
+    if not row.complete:
+        _line(console, "incomplete: it is still running, or its writer was killed", "bold red")
+        return
+    finished = row.end_reason == "final_answer"
+    parts = [f"end: {row.end_reason or 'error'}", f"{row.total_s:.3f} s"] + (["masked: not trained"] if row.masked else [])
+    _line(console, "  ".join(parts), "bold green" if finished else "bold red")
+    if row.error:
+        _line(console, f"  {row.error}", "red")
+    if recorded.reward is None:
+        _line(console, "reward: none")
+        return
+    _line(console, f"reward: {recorded.reward.value:g}", "bold")
+    for name, value in recorded.reward.components.items():
+        _line(console, f"  {name}: {value:g}")
+    for name, info in recorded.reward.info.items():
+        _line(console, f"  {name}: {_json(info)}")
+    if recorded.sample.ground_truth is not None:
+        _line(console, f"ground truth: {_json(recorded.sample.ground_truth)}")
+
+
+def _tokens(console: Console, recorded: RecordedTrajectory) -> None:
+    """Every token between bars, coloured by origin; a new line for each segment."""
+    columns = recorded.columns
+    assert columns is not None
+    pieces = columns.pieces
+    legend = Text("tokens: ")
+    for origin in ORIGINS:
+        legend.append(f"{origin.value} ", STYLES[origin])
+    _plain(console, legend)
+    ids = columns.ids.tolist()
+    start = 0
+    for origin, n, turn in recorded.segments:
+        head = f"{origin.value:<12}" if turn < 0 else f"{origin.value:<12}turn {turn:<4}"
+        line = Text(f"{start:>7} {head} ", "dim")
+        for at in range(start, start + n):
+            piece = f"<{ids[at]}>" if pieces is None else _piece(pieces[at])
+            line.append(piece, STYLES[origin]).append("|", "dim")
+        _plain(console, line)
+        start += n
+
+
+def _piece(piece: bytes) -> str:
+    """A token's text on one line; bytes that are no character by themselves as `\\xe2`."""
+    return visible(piece.decode("utf-8", "backslashreplace"))
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    text = content if isinstance(content, str) else _json(content)
+    return text + "".join(f"\n{_json(call)}" for call in message.get("tool_calls") or ())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _block(console: Console, text: str, style: str, indent: str = "  ") -> None:
+    """Text of unknown origin, every line behind a bar: it cannot look like a line of ours."""
+    for line in visible(text, keep="\n\t").split("\n"):
+        shown = Text(f"{indent}│ ", "dim")
+        shown.append(line, style)
+        _plain(console, shown)
+
+
+def _line(console: Console, text: str, style: str = "") -> None:
+    _plain(console, Text(visible(text), style))
+
+
+def _plain(console: Console, text: str | Text) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

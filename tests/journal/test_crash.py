@@ -1,0 +1,280 @@
+"""A journal survives what happens to its process and its disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agentloop.errors import ConfigError
+from agentloop.journal import JournalError, JournalWriter, NullRecorder, Run
+from tests.journal.conversations import conversation, decode, facts
+
+ROOT = Path(__file__).parents[2]
+WRITE_UNTIL_KILLED = """
+import sys
+from agentloop.journal import JournalWriter
+from tests.journal.conversations import conversation, decode
+writer = JournalWriter(sys.argv[1], decode=decode, meta={"seed": 1})
+for seed in range(10**6):
+    conversation(writer, seed, step=seed // 100, turns=4, tokens=200)
+    conversation(writer, seed, uid=f"open{seed}", step=seed // 100, stop_after="tool")
+    if seed % 20 == 19:
+        writer.flush()
+        print(seed, flush=True)
+"""
+LIMITED_DISK = """
+import resource, signal, sys
+from agentloop.journal import JournalWriter
+from tests.journal.conversations import conversation, decode
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+writer = JournalWriter(sys.argv[1], decode=decode)
+for seed in range(100):
+    conversation(writer, seed)
+writer.close()
+print(writer.errors)
+"""
+
+
+def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def expected(row_id: str, **settings: object) -> dict[str, object]:
+    seed = int(row_id.removeprefix("u").split("_")[0])
+    return facts(conversation(NullRecorder(), seed, **settings))  # type: ignore[arg-type]
+
+
+def kill_while_writing(folder: Path, rng: random.Random) -> None:
+    child = run_python(WRITE_UNTIL_KILLED, str(folder))
+    assert child.stdout is not None
+    try:
+        promised = -1
+        for _ in range(rng.randint(1, 6)):
+            promised = int(child.stdout.readline())
+        time.sleep(rng.random() * 0.05)
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+    run = Run(folder)
+    rows = list(run.trajectories())
+    finished = [row for row in rows if row.complete]
+    assert {f"u{seed}_{seed % 4}" for seed in range(promised + 1)} <= {row.id for row in finished}
+    assert not any(row.id.startswith("open") for row in finished)
+    assert any(row.id.startswith("open") for row in rows)
+    for row in finished:
+        seed = int(row.id[1:].split("_")[0])
+        assert facts(run.load(row).to_trajectory()) == expected(row.id, step=seed // 100, turns=4, tokens=200)
+    for row in rows:
+        if not row.complete:
+            assert row.end_reason is None
+            run.load(row)
+    assert {problem.kind for problem in run.verify()} <= {"torn_tail"}
+
+
+@pytest.mark.parametrize("point", range(8))
+def test_sigkill_loses_nothing_that_was_finished(tmp_path: Path, point: int) -> None:
+    kill_while_writing(tmp_path, random.Random(point))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(50))
+def test_sigkill_at_many_points(tmp_path: Path, point: int) -> None:
+    kill_while_writing(tmp_path, random.Random(1000 + point))
+
+
+def test_events_torn_at_any_byte(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path / "whole", decode=decode) as writer:
+        for seed in range(6):
+            conversation(writer, seed)
+    step = Path("train") / "step_000000"
+    data = (tmp_path / "whole" / step / "w0.g1.traj.jsonl").read_bytes()
+    ends = [i + 1 for i in range(len(data)) if data[i : i + 1] == b"\n"]
+    torn = tmp_path / "torn"
+    shutil.copytree(tmp_path / "whole", torn)
+    (torn / step / "w0.g1.index.jsonl").unlink()
+    for cut in [*random.Random(0).sample(range(1, len(data)), 150), *ends[:40]]:
+        (torn / step / "w0.g1.traj.jsonl").write_bytes(data[:cut])
+        run = Run(torn)
+        rows = list(run.trajectories())
+        assert sum(row.complete for row in rows) == data[:cut].count(b'"traj_end"') - (
+            b'"traj_end"' in data[:cut].split(b"\n")[-1]
+        )
+        for row in rows:
+            recorded = run.load(row)
+            if row.complete:
+                assert facts(recorded.to_trajectory()) == expected(row.id)
+        assert [problem.kind for problem in run.verify()] == ([] if cut in ends else ["torn_tail"])
+
+
+def test_a_writer_that_goes_on_after_a_torn_line(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, generation=1, decode=decode) as writer:
+        conversation(writer, 1)
+    file = tmp_path / "train" / "step_000000" / "w0.g1.traj.jsonl"
+    with file.open("ab") as appended:
+        appended.write(b'{"type":"turn","id":"u1')
+    with JournalWriter(tmp_path, generation=1, decode=decode) as writer:
+        conversation(writer, 2)
+    run = Run(tmp_path)
+    assert [(row.uid, row.complete) for row in run.trajectories()] == [("u1", True), ("u2", True)]
+    assert [problem.kind for problem in run.verify()] == ["bad_line"]
+    (tmp_path / "train" / "step_000000" / "w0.g1.index.jsonl").unlink()
+    assert [row.uid for row in Run(tmp_path).trajectories()] == ["u1", "u2"]
+
+
+def test_a_damaged_frame_is_reported_and_the_rest_is_readable(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        for seed in range(3):
+            conversation(writer, seed)
+    events = tmp_path / "train" / "step_000000" / "w0.g1.traj.jsonl"
+    tokens = events.with_name("w0.g1.tok")
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    frame = next(line["tok"] for line in lines if line["type"] == "turn" and line["id"] == "u1_1")
+    data = bytearray(tokens.read_bytes())
+    data[frame["off"] + frame["len"] // 2] ^= 0xFF
+    tokens.write_bytes(data)
+    run = Run(tmp_path)
+    with pytest.raises(JournalError, match=rf"w0\.g1\.tok, offset {frame['off']}: the checksum"):
+        run.load("u1_1")
+    assert run.load("u1_1", tokens=False).messages[1]["content"].startswith("question 1")
+    assert facts(run.load("u2_2").to_trajectory()) == expected("u2_2")
+    [problem] = run.verify()
+    assert problem.kind == "damaged"
+    assert str(frame["off"]) in problem.what
+
+
+def test_a_lost_token_file_is_reported(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        conversation(writer, 0)
+    (tmp_path / "train" / "step_000000" / "w0.g1.tok").unlink()
+    assert [problem.kind for problem in Run(tmp_path).verify()] == ["damaged"]
+
+
+def test_the_index_can_be_rebuilt(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        for seed in range(5):
+            conversation(writer, seed)
+        conversation(writer, 9, stop_after="observation")
+    index = tmp_path / "train" / "step_000000" / "w0.g1.index.jsonl"
+    written, rows = index.read_bytes(), list(Run(tmp_path).trajectories())
+    for damage in (b"", b"{not json", written[:-40], written.replace(b'"size":', b'"size":9')):
+        index.write_bytes(damage)
+        assert list(Run(tmp_path).trajectories()) == rows
+    index.unlink()
+    assert Run(tmp_path).rebuild_indexes() == 1
+    assert index.read_bytes() == written
+
+
+def test_a_full_disk_does_not_reach_the_caller(tmp_path: Path) -> None:
+    child = run_python(LIMITED_DISK, str(tmp_path))
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert int(out) > 0
+    assert err.count("File too large") == 1, "said once"
+    run = Run(tmp_path)
+    rows = list(run.trajectories())
+    assert any(row.complete for row in rows)
+    for row in rows:
+        if row.complete:
+            assert facts(run.load(row).to_trajectory()) == expected(row.id)
+
+
+def test_a_removed_folder_does_not_reach_the_caller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR), JournalWriter(tmp_path / "run", decode=decode) as writer:
+        conversation(writer, 0)
+        conversation(writer, 1, stop_after="turn")
+        writer.flush()
+        shutil.rmtree(tmp_path / "run")
+        conversation(writer, 2)
+        conversation(writer, 3)
+    assert writer.errors > 0
+    assert len([record for record in caplog.records if "removed while it was written" in record.message]) == 1
+    run = Run(tmp_path / "run")
+    assert facts(run.load("u3_3").to_trajectory()) == expected("u3_3")
+    assert all(row.complete for row in run.trajectories())
+
+
+def test_a_file_in_the_way_does_not_reach_the_caller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with JournalWriter(tmp_path) as writer:
+        (tmp_path / "train").write_text("not a folder")
+        conversation(writer, 0)
+    assert writer.errors > 0
+    assert "exists" in caplog.text or "Not a directory" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="a journal cannot be written here"):
+        JournalWriter(tmp_path / "file")
+    with pytest.raises(ConfigError, match="only letters"):
+        JournalWriter(tmp_path, "w 0")
+
+
+def test_nothing_waits_for_a_stalled_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stalled = threading.Event()
+
+    def stalling(token_id: int) -> bytes:
+        assert stalled.wait(60)
+        return decode(token_id)
+
+    writer = JournalWriter(tmp_path, decode=stalling, queue_limit=100)
+    told = [conversation(writer, seed) for seed in range(40)]  # returns although nothing can be written
+    assert writer.flush(timeout=0.01) is False
+    stalled.set()
+    writer.close()
+    assert "100 events wait already" in caplog.text
+    assert writer.errors > 0
+    run = Run(tmp_path)
+    rows = list(run.trajectories())
+    assert 0 < sum(row.complete for row in rows) < len(told)
+    for row in rows:
+        if row.complete:
+            assert facts(run.load(row).to_trajectory()) == expected(row.id)
+    assert run.verify() == []
+
+
+def test_a_tokenizer_that_raises_does_not_reach_the_caller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def raising(token_id: int) -> bytes:
+        raise RuntimeError("no such token")
+
+    with JournalWriter(tmp_path, decode=raising) as writer:
+        conversation(writer, 0)
+        conversation(writer, 1)
+    assert writer.errors > 0
+    assert caplog.text.count("RuntimeError('no such token')") == 1
+    assert not any(row.complete for row in Run(tmp_path).trajectories())
+
+
+def test_events_after_close_are_counted(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path)
+    writer.close()
+    writer.close()
+    conversation(writer, 0)
+    assert writer.errors > 0
+    assert writer.flush()
+
+
+def test_a_process_that_just_ends_has_written_everything(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom agentloop.journal import JournalWriter\n"
+        "from tests.journal.conversations import conversation, decode\n"
+        "writer = JournalWriter(sys.argv[1], decode=decode)\n"
+        "for seed in range(50): conversation(writer, seed)\n"
+    )
+    child = run_python(code, str(tmp_path))
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert sum(row.complete for row in Run(tmp_path).trajectories()) == 50
