@@ -1,0 +1,271 @@
+"""`make quickstart`: GRPO through the real verl on two CPU cores, from data to a table and a picture.
+
+It makes the data, calls `agentloop train examples/quickstart/quickstart.yaml`, follows the run's journal while it goes, and
+at the end shows how good the model was before and after. All figures come from the journal of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from agentloop.journal.reader import Run
+from agentloop.journal.stats import StepSummary, summarise
+from agentloop.trajectory import Trajectory
+from examples.quickstart import make_data
+from examples.quickstart.evaluate import Report
+from examples.quickstart.evaluate import summarise as judge
+from examples.quickstart.task import Problem
+
+CONFIG = Path(__file__).parent / "quickstart.yaml"
+POLL_S = 1.0
+SHOWN_LOG_LINES = 40
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train the quickstart's model and show the result.")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the model's updates and every request")
+    parser.add_argument("overrides", nargs="*", help="key=value, verl's or agentloop's, as for `agentloop train`")
+    args = parser.parse_args()
+    console = Console()
+    run_dir: Path = args.run_dir
+    if run_dir.exists():
+        older = run_dir.with_name(f"{run_dir.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(run_dir.stat().st_mtime))}")
+        run_dir.rename(older)
+        console.print(f"The run that was in {run_dir} is now in {older}.")
+    train_file, val_file = make_data.write(run_dir / "data", seed=args.seed + 1)
+    console.print(f"Data: {train_file} and {val_file}; no problem is in both.")
+    watch = train(run_dir, args.seed, train_file, val_file, args.overrides, console)
+    if watch.exit_code != 0:
+        tail = watch.log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
+        console.print("\n".join(tail), markup=False, highlight=False)
+        console.print(f"Training failed with exit status {watch.exit_code}; all of its output is in {watch.log}.")
+        return watch.exit_code
+    summary = result(run_dir, args.seed, watch)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    picture = draw(Run(run_dir), summary, run_dir / "reward.png")
+    show(summary, console)
+    console.print(f"\nThe reward over the steps: {picture}. Look at the conversations next:")
+    for command in (
+        f"agentloop ls {run_dir}",
+        f"agentloop show {run_dir} --worst",
+        f"agentloop stats {run_dir}",
+        f"tensorboard --logdir {run_dir / 'tensorboard'}",
+    ):
+        console.print(f"  {command}", markup=False, highlight=False)
+    return 0
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watch:
+    """What was seen of the training from outside."""
+
+    log: Path
+    started: float
+    """Seconds since 1970, before the training command was started."""
+    exit_code: int = 0
+    ended: float = 0.0
+    peak_rss_bytes: int = 0
+    """Largest sum of the resident memory of all processes of the run, pages that they share counted for each."""
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def sample_memory(self, pid: int) -> None:
+        import psutil
+
+        while not self.stop.wait(POLL_S):
+            try:
+                root = psutil.Process(pid)
+                processes = [root, *root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            total = 0
+            for process in processes:
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak_rss_bytes = max(self.peak_rss_bytes, total)
+
+
+def train(run_dir: Path, seed: int, train_file: Path, val_file: Path, overrides: Sequence[str], console: Console) -> Watch:
+    """Run `agentloop train` to its end, showing one line a step; its own output goes to a file."""
+    command = [
+        *(sys.executable, "-m", "agentloop.cli", "train", str(CONFIG)),
+        *(f"agentloop.run_dir={run_dir}", f"agentloop.seed={seed}", f"data.seed={seed}"),
+        *(f"data.train_files={train_file}", f"data.val_files={val_file}"),
+        f"trainer.default_local_dir={run_dir / 'checkpoints'}",
+        *overrides,
+    ]
+    watch = Watch(log=run_dir / "train.log", started=time.time())
+    console.print("Training: " + " ".join(command[1:]), markup=False, highlight=False)
+    console.print(f"Its output goes to {watch.log}. verl starts up first; that takes about a minute.")
+    with watch.log.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        memory = threading.Thread(target=watch.sample_memory, args=(process.pid,), daemon=True)
+        memory.start()
+        shown: set[tuple[str, int]] = set()
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                report_steps(run_dir, shown, console, finished=False)
+        except KeyboardInterrupt:
+            process.send_signal(2)
+        finally:
+            watch.exit_code = process.wait()
+            watch.ended = time.time()
+            watch.stop.set()
+            memory.join()
+    report_steps(run_dir, shown, console, finished=True)
+    return watch
+
+
+def report_steps(run_dir: Path, shown: set[tuple[str, int]], console: Console, *, finished: bool) -> None:
+    """Print the steps that have ended since; a step has ended when a later one has begun, or the run has."""
+    if not ((run_dir / "train").is_dir() or (run_dir / "val").is_dir()):
+        return
+    steps = sorted(summarise(Run(run_dir).trajectories()), key=lambda step: step.place.step)
+    for index, step in enumerate(steps):
+        key = (step.place.partition, step.place.step)
+        if key in shown or (index + 1 == len(steps) and not finished) or (step.incomplete and not finished):
+            continue
+        shown.add(key)
+        failures = sum(step.tool_failures.values())
+        parts = [
+            f"{step.trajectories} trajectories",
+            f"reward {step.mean_reward or 0:.3f}",
+            f"turns {step.mean_turns or 0:.2f}",
+        ]
+        parts += [f"{step.tool_calls} tool calls ({failures} failed)", f"{step.sampled_tokens} sampled tokens"]
+        unfinished = {kind: n for kind, n in step.end_reasons.items() if kind != "final_answer"}
+        parts += [f"{kind} {n}" for kind, n in sorted(unfinished.items())]
+        console.print(f"{step.place.partition:5} step {step.place.step:3}: " + ", ".join(parts), markup=False, highlight=False)
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
+def held_out_report(run: Run, step: int) -> tuple[list[Problem], Report]:
+    """The validation of one step, judged problem by problem."""
+    groups: dict[int, list[Trajectory]] = {}
+    for row in run.trajectories("val", step):
+        recorded = run.load(row)
+        groups.setdefault(int(recorded.sample.extra_info["index"]), []).append(recorded.to_trajectory())
+    known = make_data.held_out()
+    problems = [known[index] for index in sorted(groups)]
+    return problems, judge(problems, [groups[index] for index in sorted(groups)])
+
+
+def result(run_dir: Path, seed: int, watch: Watch) -> dict[str, Any]:
+    """Everything that the table shows, for `summary.json`."""
+    run = Run(run_dir)
+    val_steps = [place.step for place in run.steps() if place.partition == "val"]
+    train_steps = [step for step in summarise(run.trajectories()) if step.place.partition == "train"]
+    problems, before = held_out_report(run, val_steps[0])
+    _, after = held_out_report(run, val_steps[-1])
+    first = min(row.t for row in run.trajectories())
+    return {
+        "seed": seed,
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "by_depth_before": before.by_depth,
+        "by_depth_after": after.by_depth,
+        "failures_before": before.failures,
+        "failures_after": after.failures,
+        "held_out": len(problems),
+        "steps": len(train_steps),
+        "trajectories": sum(step.trajectories for step in train_steps),
+        "reward_first_step": train_steps[0].mean_reward,
+        "reward_last_step": train_steps[-1].mean_reward,
+        "mean_turns": mean_turns(train_steps),
+        "tool_calls": sum(step.tool_calls for step in train_steps),
+        "tool_failures": total(step.tool_failures for step in train_steps),
+        "end_reasons": total(step.end_reasons for step in train_steps),
+        "sampled_tokens": sum(step.sampled_tokens for step in train_steps),
+        "startup_seconds": round(first - watch.started, 1),
+        "train_seconds": round(watch.ended - first, 1),
+        "peak_rss_gib": round(watch.peak_rss_bytes / 2**30, 2),
+    }
+
+
+def mean_turns(steps: Sequence[StepSummary]) -> float:
+    turns = [count for step in steps for count in step.turns]
+    return sum(turns) / len(turns)
+
+
+def total(counters: Any) -> dict[str, int]:
+    added: dict[str, int] = {}
+    for counter in counters:
+        for kind, count in counter.items():
+            added[kind] = added.get(kind, 0) + count
+    return added
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    table = Table("", "before", "after", title="\nquickstart", title_justify="left")
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    table.add_row(f"held-out accuracy ({summary['held_out']} problems, greedy)", f"{before:.3f}", f"{after:.3f}")
+    for depth, accuracy in summary["by_depth_before"].items():
+        label = f"  {depth} call{'s' if depth > 1 else ''} needed"
+        table.add_row(label, f"{accuracy:.3f}", f"{summary['by_depth_after'][depth]:.3f}")
+    for kind in sorted({*summary["failures_before"], *summary["failures_after"]}):
+        row = [str(summary[f"failures_{when}"].get(kind, 0)) for when in ("before", "after")]
+        table.add_row(f"  failed: {kind}", *row)
+    table.add_section()
+    reward = [f"{summary[key]:.3f}" for key in ("reward_first_step", "reward_last_step")]
+    table.add_row("train reward, first and last step", *reward)
+    console.print(table)
+    facts = [
+        f"{summary['steps']} steps, {summary['trajectories']} trajectories, {summary['sampled_tokens']} sampled tokens",
+        f"{summary['mean_turns']:.2f} turns a trajectory, {summary['tool_calls']} tool calls, failed: "
+        + (", ".join(f"{kind} {count}" for kind, count in summary["tool_failures"].items()) or "none"),
+        "ended by " + ", ".join(f"{kind} {count}" for kind, count in summary["end_reasons"].items()),
+        f"start-up {summary['startup_seconds']:.0f} s, training {summary['train_seconds']:.0f} s (with both validations), "
+        f"peak memory {summary['peak_rss_gib']:.1f} GiB",
+    ]
+    for fact in facts:
+        console.print(fact, markup=False, highlight=False)
+
+
+def draw(run: Run, summary: dict[str, Any], path: Path) -> Path:
+    """The mean reward of each train step and the held-out accuracies, as a picture."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [step for step in summarise(run.trajectories()) if step.place.partition == "train"]
+    figure, axes = plt.subplots(figsize=(7, 3.6), dpi=130)
+    axes.plot(
+        [s.place.step for s in steps], [s.mean_reward or 0 for s in steps], color="#0072B2", label="train reward (sampled)"
+    )
+    ends = [0, max(step.place.step for step in steps)]
+    accuracies = [summary["accuracy_before"], summary["accuracy_after"]]
+    axes.plot(ends, accuracies, "o", color="#D55E00", label="held-out accuracy (greedy)")
+    for x, y in zip(ends, accuracies, strict=True):
+        axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center", color="#D55E00")
+    axes.set(xlabel="GRPO step", ylim=(0, 1.03), title="quickstart: a 0.85 M-parameter model learns to use a calculator")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
