@@ -216,7 +216,7 @@ _NAMES = (*FUNCTIONS, *CONSTANTS)
 
 def _digits(number: int) -> int:
     """Decimal digits, within one, without writing the number out."""
-    return int(number.bit_length() * math.log10(2)) + 1
+    return number.bit_length() * 30103 // 100000 + 1  # log10(2)
 
 
 def _too_large() -> ExpressionError:
@@ -277,7 +277,7 @@ class _Numbers:
         """Decimal exponent of a non-zero Float or Rational."""
         if number.is_Float:
             _, mantissa, power, bits = number._mpf_
-            return int((power + bits) * math.log10(2)) if mantissa else 0
+            return (power + bits) * 30103 // 100000 if mantissa else 0  # log10(2)
         return _digits(int(number.p)) - _digits(int(number.q))
 
     def _is_zero(self, value: Any) -> bool:
