@@ -356,6 +356,53 @@ def test_the_command_prints_a_summary_or_the_problems(tmp_path: Path) -> None:
     assert "are also in" in output
 
 
+TOOLS = """
+tools:
+  - class_name: calculator
+"""
+
+
+def test_the_command_with_a_models_template_and_real_tools(tmp_path: Path, tokenizer: Any) -> None:
+    model, tools = tmp_path / "model", tmp_path / "tools.yaml"
+    tokenizer.save_pretrained(model)
+    tools.write_text(TOOLS)
+    rows = [
+        row(0, extra_info={"tool_selection": []}),
+        row(1),
+        row(2, extra_info={"chat_template_kwargs": {"enable_thinking": False}}),
+        row(3, prompt=[{"role": "user", "content": "x" * 5000}]),
+    ]
+    file = write(tmp_path / "a.jsonl", rows[:3])
+    options = ["--tools", str(tools), "--model", str(model), "--max-prompt-tokens", "2000"]
+    status, output = run(str(file), *options)
+    assert status == 0, output
+    shortest, longest = map(int, re.findall(r"prompts of ([\d,]+) to ([\d,]+) tokens", output)[0])
+    assert shortest + 30 < longest  # the row without tools lacks the schema
+    status, output = run(str(write(tmp_path / "long.jsonl", rows)), *options)
+    assert status == 2
+    assert "row 3, column 'prompt': is " in output
+    status, output = run(str(write(tmp_path / "b.jsonl", [row(extra_info={"tool_selection": ["calculater"]})])), *options)
+    assert status == 2
+    assert "there is no tool 'calculater'; did you mean 'calculator'?" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max-prompt-tokens", "10"], "--max-prompt-tokens needs --model"),
+        (["--model", "gone"], "gone: no such model folder"),
+        (["--model", "."], "holds no tokenizer that transformers can load"),
+        (["--tools", "gone.yaml"], "gone.yaml"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(build("data"), ["data", "lint", str(write(tmp_path / "a.jsonl", [row()])), *options])
+    assert isinstance(result.exception, ConfigError)
+    assert says in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
 # -- the docs --------------------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -66,7 +67,8 @@ def _summary(report: LintReport) -> str:
     return f"{report.file}: {'; '.join(parts)}"
 
 
-def _renderer(model: Path) -> Renderer:
+def _renderer(model: Path) -> Callable[[Mapping[str, Any]], Renderer]:
+    """From a row's chat-template arguments to the renderer of the model's template."""
     if not model.is_dir():
         raise ConfigError(f"{model}: no such model folder")
     from transformers import AutoTokenizer
@@ -77,4 +79,9 @@ def _renderer(model: Path) -> Renderer:
         tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model}: holds no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
-    return load_renderer(tokenizer)
+    load_renderer(tokenizer)  # a template that is refused is refused here, before any file is read
+
+    def renderer(template_kwargs: Mapping[str, Any]) -> Renderer:
+        return load_renderer(tokenizer, template_kwargs=template_kwargs)
+
+    return renderer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,6 +17,8 @@ from agentloop.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from agentloop.chat.base import Renderer
+
+    Renderers = Renderer | Callable[[Mapping[str, Any]], Renderer]
 
 Severity = Literal["error", "warning"]
 
@@ -80,7 +82,7 @@ def lint_file(
     *,
     tools: Tools | None = None,
     max_prompt_tokens: int | None = None,
-    renderer: Renderer | None = None,
+    renderer: Renderers | None = None,
     limit: int = 5,
 ) -> list[Problem]:
     """Everything that is wrong with a data file (`.parquet`, `.json` or `.jsonl`, as verl reads them); see `lint`."""
@@ -92,13 +94,14 @@ def lint(
     *,
     tools: Tools | None = None,
     max_prompt_tokens: int | None = None,
-    renderer: Renderer | None = None,
+    renderer: Renderers | None = None,
     limit: int = 5,
 ) -> LintReport:
     """Read the whole file once and report what is wrong, at most `limit` problems of a kind and then their count.
 
-    With `tools`, the names that rows use are checked; with `renderer` and `max_prompt_tokens`, the prompts' lengths (with
-    the tools' schemas, under the run's chat-template arguments). Nothing about the file raises.
+    With `tools`, the names that rows use are checked; with `renderer` and `max_prompt_tokens`, the prompts' lengths, the
+    tools' schemas included. `renderer` may be a function from a row's chat-template arguments to a renderer, as the loop
+    takes it. Nothing about the file raises.
     """
     report = LintReport(str(path))
     found = _Collector(report, limit)
@@ -244,7 +247,7 @@ def _misspelt(word: str, known: Iterable[str], row: int | None, column: str, fou
 
 
 def _row(
-    row: dict[str, Any], found: _Collector, tools: Tools | None, max_prompt_tokens: int | None, renderer: Renderer | None
+    row: dict[str, Any], found: _Collector, tools: Tools | None, max_prompt_tokens: int | None, renderer: Renderers | None
 ) -> None:
     report, at = found.report, found.report.rows
     try:
@@ -264,7 +267,7 @@ def _row(
         report.roles.update(message["role"] for message in messages)
         _check_duplicate(row, messages, found)
         if renderer is not None:
-            _check_length(messages, selection, found, tools, max_prompt_tokens, renderer)
+            _check_length(row, messages, selection, found, tools, max_prompt_tokens, renderer)
 
 
 def _check_source(row: Mapping[str, Any], found: _Collector) -> None:
@@ -332,19 +335,23 @@ def _check_duplicate(row: Mapping[str, Any], messages: list[dict[str, Any]], fou
 
 
 def _check_length(
+    row: Mapping[str, Any],
     messages: list[dict[str, Any]],
     selection: tuple[str, ...] | None,
     found: _Collector,
     tools: Tools | None,
     max_prompt_tokens: int | None,
-    renderer: Renderer,
+    renderer: Renderers,
 ) -> None:
     at = found.report.rows
     try:
         schemas = [] if tools is None else tools.schemas
         if selection is not None:
             schemas = [schema for schema in schemas if schema["function"]["name"] in selection]
-        length = len(renderer.prompt(messages, schemas or None))
+        chosen = renderer(read.template_kwargs_of(row)) if callable(renderer) else renderer
+        length = len(chosen.prompt(messages, schemas or None))
+    except read.RowError:
+        return  # reported already
     except ConfigError as error:
         found.add(at, "prompt", f"the chat template refuses it: {error}", "refused by the chat template")
         return
