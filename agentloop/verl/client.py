@@ -12,10 +12,10 @@ from ray.exceptions import RayError
 from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import EngineError
 from agentloop.trajectory import StopReason
+from agentloop.verl.server import ROLLOUT_NAME
 
 ABORTED = ("aborted", "abort")
-LOCAL = "agentloop_local"
-SEED_KEYS = {"vllm": "seed", LOCAL: "seed", "sglang": "sampling_seed"}
+SEED_KEYS = {"vllm": "seed", ROLLOUT_NAME: "seed", "sglang": "sampling_seed"}
 """What each server calls a request's seed. Servers build their own class from our dict and refuse a key that they do not
 know, so no other server is sent one."""
 
@@ -44,7 +44,7 @@ class VerlEngine(Engine):
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, trajectory_id: str) -> Generation:
         # The lists and dicts are fresh: SGLang's server rewrites the parameters (async_sglang_server.py:597), and a client
         # may resend with them.
-        extra = {"trajectory_id": trajectory_id} if self._name == LOCAL else {}
+        extra = {"trajectory_id": trajectory_id} if self._name == ROLLOUT_NAME else {}
         try:
             output = await self._client.generate(
                 trajectory_id, prompt_ids=list(ids), sampling_params=self.sampling_params(sampling), **extra
@@ -121,7 +121,7 @@ class VerlEngine(Engine):
 
         The client keeps its servers to itself; asking it for the trajectory's server, as its own `generate` does, is the one
         way to reach it (llm_server.py:121 and :165)."""
-        if self._name != LOCAL or not hasattr(self._client, "_acquire_server"):
+        if self._name != ROLLOUT_NAME or not hasattr(self._client, "_acquire_server"):
             return
         with suppress(RayError, RuntimeError):  # a server that is gone holds nothing
             server_id, server = await self._client._acquire_server(trajectory_id)

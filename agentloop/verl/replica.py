@@ -16,14 +16,14 @@ import os
 from typing import Any
 
 import ray
+from verl.utils.device import get_device_name
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from agentloop.errors import ConfigError, EngineError
-from agentloop.verl.server import LocalServerActor
+from agentloop.errors import EngineError
+from agentloop.verl.server import ROLLOUT_NAME, LocalServerActor, refuse_unsupported
 from agentloop.verl.weights import buckets, drain
 
-ROLLOUT_NAME = "agentloop_local"
 SERVER_NAME = "agentloop_local_server_{kind}{rank}{suffix}"
 
 
@@ -31,12 +31,10 @@ class LocalReplica(RolloutReplica):  # type: ignore[misc]
     """Launches and steers one `LocalServer`. `rollout.engine_kwargs.agentloop_local` may set `threads` and `max_slots`."""
 
     async def launch_servers(self) -> None:
-        self._refuse_unsupported()
-        from verl.utils.device import get_device_name
-
+        device = get_device_name()
+        refuse_unsupported(self.config, self.model_config, cpu=device == "cpu")
         lengths = {"prompt_length": self.config.prompt_length, "response_length": self.config.response_length}
         options = dict(self.config.engine_kwargs.get(ROLLOUT_NAME) or {})
-        device = get_device_name()
         kind = "reward_" if self.is_reward_model else "teacher_" if self.is_teacher_model else ""
         name = SERVER_NAME.format(kind=kind, rank=self.replica_rank, suffix=self.name_suffix)
         server = (
@@ -57,23 +55,6 @@ class LocalReplica(RolloutReplica):  # type: ignore[misc]
         self.servers = [server]
         self._server_handle = server
         self._server_address = name
-
-    def _refuse_unsupported(self) -> None:
-        from verl.utils.device import get_device_name
-
-        if get_device_name() != "cpu":
-            raise ConfigError(f"rollout.name={ROLLOUT_NAME} runs on the CPU platform; on a GPU use sglang or vllm")
-        if self.world_size != 1:
-            raise ConfigError(
-                f"rollout.name={ROLLOUT_NAME} is one process a replica; set tensor_model_parallel_size, data_parallel_size and "
-                "pipeline_model_parallel_size of actor_rollout_ref.rollout to 1"
-            )
-        model = self.model_config
-        rank = max(int(model.get("lora_rank", 0) or 0), int((model.get("lora") or {}).get("rank", 0) or 0))
-        if (rank > 0 or model.get("lora_adapter_path")) and not (model.get("lora") or {}).get("merge", False):
-            raise ConfigError(
-                f"rollout.name={ROLLOUT_NAME} takes LoRA weights merged; set actor_rollout_ref.model.lora.merge=true"
-            )
 
     def rollout_worker_use_gpu(self) -> bool:
         return False

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agentloop.engines.base import Engine, Sampling
+from agentloop.errors import ConfigError
 from agentloop.trajectory import StopReason
 
 if TYPE_CHECKING:
@@ -20,11 +21,25 @@ if TYPE_CHECKING:
 
     from agentloop.verl.weights import WeightBucket
 
+ROLLOUT_NAME = "agentloop_local"
+
 NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "n": 1}
 """Sampling parameters that the local engine does not have, with the value that asks for nothing."""
 
 STOP_NAMES = {StopReason.STOP: "completed", StopReason.LENGTH: "length", StopReason.ABORTED: "aborted"}
 """verl's names; `FullyAsyncLLMServerClient` resends a request that was «aborted» (`llm_server.py:342`)."""
+
+
+def refuse_unsupported(rollout: Mapping[str, Any], model: Mapping[str, Any], *, cpu: bool) -> None:
+    """`ConfigError` for settings of verl that this rollout cannot serve."""
+    if not cpu:
+        raise ConfigError(f"rollout.name={ROLLOUT_NAME} runs with platform: cpu only; on a GPU use sglang or vllm")
+    for size in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
+        if rollout.get(size, 1) != 1:
+            raise ConfigError(f"rollout.name={ROLLOUT_NAME} is one process a replica; set actor_rollout_ref.rollout.{size}=1")
+    lora = model.get("lora") or {}
+    if (model.get("lora_rank") or lora.get("rank") or model.get("lora_adapter_path")) and not lora.get("merge"):
+        raise ConfigError(f"rollout.name={ROLLOUT_NAME} takes LoRA weights merged; set actor_rollout_ref.model.lora.merge=true")
 
 
 def to_sampling(params: dict[str, Any], *, default_max_tokens: int, limit: int, eos: Sequence[int]) -> Sampling:

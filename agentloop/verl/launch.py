@@ -1,0 +1,328 @@
+"""From one YAML file to a command line of verl: presets, checks, environment. Nothing here imports verl or Ray.
+
+The file has three keys:
+
+- `platform`: `auto` (what verl finds) or `cpu`, which brings the settings and the environment that verl needs there.
+- `verl`: settings of verl's `ppo_trainer`, nested or dotted. A key that verl's YAML does not list is written `+key`.
+- `agentloop`: our own settings (`agentloop.verl.settings.Section`).
+
+On the command line `agentloop.…=value` and `platform=value` are ours and everything else is verl's, in Hydra's syntax. Later
+wins: presets, then the file, then the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from agentloop.config import Strict, load_yaml, validate
+from agentloop.errors import ConfigError
+from agentloop.verl.server import ROLLOUT_NAME
+from agentloop.verl.settings import Section, read_settings
+
+MANAGER = "agentloop.verl.manager.AgentLoopManager"
+_AGENT = "actor_rollout_ref.rollout.agent"
+
+COMMON: dict[str, Any] = {f"{_AGENT}.agent_loop_manager_class": MANAGER}
+
+CPU: dict[str, Any] = {
+    "actor_rollout_ref.model.external_lib": "agentloop.verl.fsdp_cpu",
+    "actor_rollout_ref.model.use_remove_padding": False,  # needs flash-attn
+    "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+    "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+    "actor_rollout_ref.actor.strategy": "fsdp2",  # FSDP1 refuses a CPU
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
+    "actor_rollout_ref.actor.fsdp_config.model_dtype": "float32",
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": "fp32",
+    "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
+    "actor_rollout_ref.ref.fsdp_config.model_dtype": "float32",
+    "actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype": "fp32",
+    "actor_rollout_ref.rollout.name": ROLLOUT_NAME,
+    "actor_rollout_ref.rollout.dtype": "float32",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    "actor_rollout_ref.rollout.free_cache_engine": False,  # trainer and rollout share main memory: nothing to free
+    "actor_rollout_ref.rollout.calculate_log_probs": True,
+    f"{_AGENT}.num_workers": 1,
+    "reward.num_workers": 1,
+    "data.dataloader_num_workers": 0,
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+    "trainer.device": "cpu",
+    "trainer.n_gpus_per_node": 1,
+    "trainer.nnodes": 1,
+    "trainer.logger": ["console"],
+    # verl's resource pools ask Ray for GPUs and CPUs; these are logical ones.
+    "ray_kwargs.ray_init.address": "local",
+    "ray_kwargs.ray_init.num_cpus": 8,
+    "ray_kwargs.ray_init.num_gpus": 1,
+    "ray_kwargs.ray_init.include_dashboard": False,
+    "ray_kwargs.ray_init.object_store_memory": 512 << 20,
+}
+
+_SAMPLER = "trainer.v1.sampler.custom_sampler"
+ABSENT = {
+    f"{_AGENT}.agent_loop_manager_class",
+    "ray_kwargs.ray_init",
+    "actor_rollout_ref.rollout.engine_kwargs",
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision",
+    "actor_rollout_ref.ref.fsdp_config.mixed_precision",
+}
+"""Settings that verl reads but its YAML does not list, and mappings that it hands on whole: keys at or under them are added."""
+
+DEFAULT_ENV = {
+    "HYDRA_FULL_ERROR": "1",
+    "PYTHONWARNINGS": "ignore",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class RunFile(Strict):
+    """The file that `agentloop train` takes."""
+
+    platform: Literal["auto", "cpu"] = "auto"
+    agentloop: dict[str, Any] = Field(default_factory=dict)
+    verl: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked run, ready to start."""
+
+    command: list[str]
+    env: dict[str, str]
+    """What is set beside the environment that is there."""
+    run_dir: Path
+    total_steps: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    value: str
+    """In Hydra's syntax."""
+    added: bool
+    """Written with a `+`."""
+    where: str
+    """For messages: where the user wrote it."""
+
+
+def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read, merge and check everything that can be checked without loading a model. Raises `ConfigError`; writes nothing."""
+    ours = [item for item in overrides if re.match(r"(agentloop\.|platform=)", item)]
+    run = validate(RunFile, load_yaml(path, ours), str(path))
+    validate(Section, run.agentloop, f"{path}: agentloop")
+    settings = _settings(run, str(path), [item for item in overrides if item not in ours])
+    deletions = [item for item in overrides if item.startswith("~")]
+    arguments = _with_prefixes(settings) + deletions
+    config = _compose(arguments, str(path))
+    _check(config, str(path), run)
+    rollout = read_settings(config)
+    if rollout.tools:
+        from agentloop.tools.registry import ToolRegistry
+
+        ToolRegistry.load(rollout.tools, rollout.function_tools)
+    run_dir = Path(rollout.run_dir)
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *arguments]
+    if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
+        command.append(f"hydra.run.dir={_hydra_value(str(run_dir / 'hydra'))}")
+    steps = config["trainer"].get("total_training_steps")
+    return Plan(command, _environment(run, config), run_dir, int(steps) if steps else None)
+
+
+# -- settings -----------------------------------------------------------------------------------------------------------
+
+
+def _settings(run: RunFile, path: str, overrides: Sequence[str]) -> dict[str, _Setting]:
+    """Every setting of verl by its dotted key, in the order in which Hydra is to see them."""
+    merged: dict[str, _Setting] = {}
+
+    def put(key: str, value: str, where: str, added: bool = False) -> None:
+        merged.pop(key, None)
+        merged[key] = _Setting(value, added, where)
+
+    presets = {**COMMON, **CPU} if run.platform == "cpu" else COMMON
+    for key, value in presets.items():
+        put(key, _hydra_value(value), "preset")
+    for key, value in _leaves(run.verl):
+        put(key.replace("+", ""), _hydra_value(value), f"{path}: verl.{key}", "+" in key)
+    for item in overrides:
+        match = re.fullmatch(r"(\+{0,2})([\w@./:-]+)=(.*)", item, re.DOTALL)
+        if match is not None:
+            put(match[2], match[3], f"override '{item}'", bool(match[1]))
+        elif not item.startswith("~"):
+            raise ConfigError(f"override '{item}': expected key=value")
+        else:
+            merged.pop(item[1:].partition("=")[0], None)
+    if run.platform == "cpu" and _SAMPLER + ".path" not in merged and not _needs_verls_sampler(merged):
+        mode = merged.get("trainer.v1.trainer_mode")
+        asynchronous = mode is not None and mode.value.strip("'\"") != "sync"
+        put(_SAMPLER + ".path", _hydra_value("pkg://agentloop.verl.sampler"), "preset")
+        put(_SAMPLER + ".name", "QuickReplayBufferAsync" if asynchronous else "QuickReplayBuffer", "preset")
+    for key, value in _leaves({"agentloop": run.agentloop}):
+        put(key, _hydra_value(value), path, added=True)
+    return merged
+
+
+def _needs_verls_sampler(settings: Mapping[str, _Setting]) -> bool:
+    flags = ("algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups")
+    return any(settings[flag].value.lower() == "true" for flag in flags if flag in settings)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _hydra_value(value: Any) -> str:
+    """In Hydra's override grammar (https://hydra.cc/docs/advanced/override_grammar/basic/)."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_hydra_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_hydra_value(item) for item in value) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_./][\w./-]*(://[\w./-]+)?", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+def _with_prefixes(settings: Mapping[str, _Setting]) -> list[str]:
+    """`key=value`, with a `+` where the key is to be added. `ConfigError` for a key that verl does not know."""
+    groups = [f"{key}={setting.value}" for key, setting in settings.items() if "@" in key or key == "model_engine"]
+    known = _container(_compose(groups, "model_engine"))
+    arguments = []
+    for key, setting in settings.items():
+        if "@" in key or key in ("model_engine",) or key.startswith("hydra."):
+            arguments.append(f"{key}={setting.value}")
+            continue
+        missing, inside = _lookup(known, key)
+        if missing is None:
+            arguments.append(f"{key}={setting.value}")
+        elif setting.added or not inside or _under_absent(key):
+            arguments.append(f"+{key}={setting.value}")
+        else:
+            raise ConfigError(f"{setting.where}: verl has no setting '{key}'{_suggest(key, missing, inside, known)}")
+    return arguments
+
+
+def _under_absent(key: str) -> bool:
+    return any(key == absent or key.startswith(absent + ".") for absent in ABSENT)
+
+
+def _lookup(tree: Any, key: str) -> tuple[str | None, Mapping[str, Any]]:
+    """The first part of `key` that is not there, dotted from the top, and the mapping in which it is missing. `None` if all
+    is there. An empty or null parent comes back as an empty mapping: verl fills it with what it is given."""
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        if isinstance(tree, list):
+            return None, {}
+        if not isinstance(tree, Mapping) or part not in tree:
+            return ".".join(parts[: place + 1]), tree if isinstance(tree, Mapping) else {}
+        tree = tree[part]
+    return None, {}
+
+
+def _suggest(key: str, missing: str, inside: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    parent, _, last = missing.rpartition(".")
+    close = difflib.get_close_matches(last, list(inside), n=1)
+    if close:
+        found = f"{parent}.{close[0]}" if parent else close[0]
+    else:
+        same = [name for name, _ in _leaves(known) if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        elsewhere = same or difflib.get_close_matches(key, [name for name, _ in _leaves(known)], n=1)
+        found = elsewhere[0] if elsewhere else ""
+    hint = f"; did you mean '{found}'?" if found else ""
+    return f"{hint or ';'} A key that verl's YAML does not list is written '+{key}'"
+
+
+# -- verl's schema ------------------------------------------------------------------------------------------------------
+
+
+def _compose(arguments: Sequence[str], where: str) -> Any:
+    """verl's `ppo_trainer` config with `arguments`, as Hydra would make it."""
+    spec = find_spec("verl")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("verl is not installed; pip install 'agentloop[verl]'")
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    folder = Path(next(iter(spec.submodule_search_locations))).resolve() / "trainer" / "config"
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base=None):
+            return compose("ppo_trainer", overrides=[item for item in arguments if not item.startswith("hydra.")])
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split("\nSee http")[0].split())
+        raise ConfigError(f"{where}: verl does not take these settings: {reason}") from error
+
+
+def _container(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+
+
+# -- checks -------------------------------------------------------------------------------------------------------------
+
+
+def _check(config: Any, path: str, run: RunFile) -> None:
+    from omegaconf import OmegaConf
+
+    from agentloop.verl.check import check_data, check_model, check_reward
+    from agentloop.verl.server import refuse_unsupported
+
+    def at(key: str) -> Any:
+        return OmegaConf.select(config, key)
+
+    sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]  # tools and rewards may live beside the user
+    rollout, model = "actor_rollout_ref.rollout", "actor_rollout_ref.model"
+    if OmegaConf.is_missing(config.actor_rollout_ref.rollout, "name"):
+        raise ConfigError(f"{path}: verl.{rollout}.name is missing: sglang or vllm, or {ROLLOUT_NAME} with platform: cpu")
+    if at(f"{rollout}.name") == ROLLOUT_NAME:
+        refuse_unsupported(_container(at(rollout)), _container(at(model)), cpu=run.platform == "cpu")
+    check_model(at(f"{model}.path"), f"{path}: verl.{model}.path")
+    custom_dataset = bool(at("data.custom_cls.path"))
+    for key in ("data.train_files", "data.val_files"):
+        check_data(at(key), f"{path}: verl.{key}", lint=not custom_dataset)
+    check_reward(at("reward.custom_reward_function"), f"{path}: verl.reward.custom_reward_function")
+
+
+# -- environment --------------------------------------------------------------------------------------------------------
+
+
+def _environment(run: RunFile, config: Any) -> dict[str, str]:
+    import agentloop
+
+    env = {name: value for name, value in DEFAULT_ENV.items() if name not in os.environ}
+    modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
+    env["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys([*modules, "agentloop.verl.plugin"]))
+    if run.platform == "cpu":
+        env["VERL_PLATFORM"] = "cpu"
+        if "OMP_NUM_THREADS" not in os.environ:
+            env["OMP_NUM_THREADS"] = str(min(os.cpu_count() or 1, 8))
+    if os.path.isdir(str(config.actor_rollout_ref.model.path)) and "HF_HUB_OFFLINE" not in os.environ:
+        env["HF_HUB_OFFLINE"] = "1"
+    package = str(Path(agentloop.__file__).resolve().parents[1])
+    paths = [os.getcwd(), *([] if "site-packages" in package else [package])]
+    paths += [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return env
