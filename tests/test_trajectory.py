@@ -106,9 +106,9 @@ def test_empty_glue_leaves_no_segment() -> None:
 
 def test_ids_and_numbers_of_any_library_become_pythons_own() -> None:
     trajectory = Trajectory(SAMPLE)
-    trajectory.append_prompt(np.array([1, 2], dtype=np.int64))  # type: ignore[arg-type]
-    trajectory.append_sampled(np.array([3]), np.array([-0.5], dtype=np.float32), turn(trajectory, 1))  # type: ignore[arg-type]
-    trajectory.append(Origin.OBSERVATION, np.array([4]))  # type: ignore[arg-type]
+    trajectory.append_prompt(np.array([1, 2], dtype=np.int64))
+    trajectory.append_sampled(np.array([3]), np.array([-0.5], dtype=np.float32), turn(trajectory, 1))
+    trajectory.append(Origin.OBSERVATION, np.array([4]))
     assert trajectory.input_ids == [1, 2, 3, 4]
     assert {type(i) for i in trajectory.input_ids} == {int}
     assert {type(x) for x in trajectory.segments[1].log_probs or ()} == {float}
@@ -195,12 +195,13 @@ def test_an_illegal_append_raises_and_changes_nothing(what: str) -> None:
 
 def test_nothing_comes_before_the_prompt() -> None:
     trajectory = Trajectory(SAMPLE)
-    for action, says in [
+    cases: list[tuple[Callable[[], None], str]] = [
         (lambda: trajectory.append_prompt([]), "the prompt is empty"),
         (lambda: trajectory.append_prompt([-1]), "not all token ids"),
         (lambda: sampled(trajectory, [1]), "before a prompt"),
         (lambda: trajectory.append(Origin.TEMPLATE, [1]), "before the first turn"),
-    ]:
+    ]
+    for action, says in cases:
         with pytest.raises(LedgerError, match=says):
             action()
         assert trajectory.segments == ()
@@ -226,23 +227,23 @@ def test_the_prefix_audit_names_the_first_token_that_differs() -> None:
 
 
 def test_the_audit_finds_what_was_changed_behind_its_back() -> None:
-    def tampered(change: Callable[[Trajectory], None]) -> Trajectory:
+    def tampered(change: Callable[[Trajectory], object]) -> Trajectory:
         trajectory = conversation()
         change(trajectory)
         return trajectory
 
-    def replace(t: Trajectory, at: int, **changes: Any) -> None:
+    def replace_segment(t: Trajectory, at: int, **changes: Any) -> None:
         old = t._segments[at]
         values = {name: getattr(old, name) for name in ("origin", "ids", "start", "turn", "log_probs")}
         t._segments[at] = Segment(**{**values, **changes})
 
-    cases: list[tuple[Callable[[Trajectory], None], str]] = [
+    cases: list[tuple[Callable[[Trajectory], object], str]] = [
         (lambda t: t.input_ids.append(1), "token buffer differs"),
-        (lambda t: replace(t, 1, ids=(20, 99)), "token buffer differs"),
+        (lambda t: replace_segment(t, 1, ids=(20, 99)), "token buffer differs"),
         (lambda t: t._segments.pop(), "token buffer differs"),
         (lambda t: t._segments.pop(2), "a segment starts at 6"),
-        (lambda t: replace(t, 3, log_probs=(0.0, 0.0)), "carry log-probabilities"),
-        (lambda t: replace(t, 1, log_probs=(0.0,)), "one log-probability a token"),
+        (lambda t: replace_segment(t, 3, log_probs=(0.0, 0.0)), "carry log-probabilities"),
+        (lambda t: replace_segment(t, 1, log_probs=(0.0,)), "one log-probability a token"),
         (lambda t: setattr(t.turns[1], "start", 9), "spans differ"),
         (lambda t: t.turns.pop(), "spans differ"),
     ]
