@@ -148,7 +148,7 @@ def _tokens(console: Console, recorded: RecordedTrajectory) -> None:
         line = Text(f"{start:>7} {head} ", "dim")
         for at in range(start, start + n):
             piece = f"<{ids[at]}>" if pieces is None else _piece(pieces[at])
-            line.append(piece, STYLES[origin]).append("|", "dim")
+            line.append(piece, STYLES[origin]).append("│", "dim")
         _plain(console, line)
         start += n
 

@@ -87,8 +87,8 @@ def test_show_tokens_shows_each_token_with_its_origin(runs: Path) -> None:
     shown = agentloop("show", "quickstart", "u3_3", "--tokens").output
     columns = Run(runs / "quickstart").load("u3_3").columns
     assert columns is not None
-    assert shown.count("|") == len(columns)
-    assert [line.split()[1] for line in shown.splitlines() if line.endswith("|")][:3] == ["prompt", "sampled", "template"]
+    assert shown.count("│") == len(columns)
+    assert [line.split()[1] for line in shown.splitlines() if line.endswith("│")][:3] == ["prompt", "sampled", "template"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

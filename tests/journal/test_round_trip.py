@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import math
+import time
 import weakref
 from pathlib import Path
 
@@ -202,8 +203,7 @@ def test_trajectories_are_not_kept_alive(tmp_path: Path) -> None:
 async def test_many_at_once_keep_their_order(tmp_path: Path) -> None:
     async def one(seed: int) -> Trajectory:
         relay = _Yielding(writer)
-        trajectory = await asyncio.to_thread(conversation, relay, seed, turns=6)
-        return trajectory
+        return await asyncio.to_thread(conversation, relay, seed, turns=6)
 
     with JournalWriter(tmp_path, decode=decode) as writer:
         all_told = await asyncio.gather(*[one(seed) for seed in range(40)])
@@ -220,7 +220,5 @@ class _Yielding:
         self.writer = writer
 
     def __getattr__(self, name: str) -> object:
-        import time
-
         time.sleep(0.0001)
         return getattr(self.writer, name)

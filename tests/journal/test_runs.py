@@ -123,9 +123,9 @@ def test_metadata_of_a_later_format_is_refused(tmp_path: Path) -> None:
 def test_a_missing_run_or_trajectory_is_one_sentence(tmp_path: Path) -> None:
     with JournalWriter(tmp_path / "quickstart", decode=decode) as writer:
         conversation(writer, 1)
-    with pytest.raises(ConfigError, match="quickstrat: no run here; did you mean 'quickstart'?"):
+    with pytest.raises(ConfigError, match="quickstrat: no run here; did you mean 'quickstart'"):
         Run(tmp_path / "quickstrat")
-    with pytest.raises(ConfigError, match="no trajectory 'u1_2' in step 0 of train; did you mean 'u1_1'?"):
+    with pytest.raises(ConfigError, match="no trajectory 'u1_2' in step 0 of train; did you mean 'u1_1'"):
         Run(tmp_path / "quickstart").load("u1_2", 0, "train")
 
 
