@@ -14,6 +14,7 @@ itself and knows no masked one, see `AgentloopAgentLoop.run`.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -50,7 +51,6 @@ class AgentloopAgentLoop(AgentLoopBase):  # type: ignore[misc]
         make verl throw its whole group away, so it comes back with score 0, an all-zero mask, and one padding token as its
         response. It has no gradient, but verl counts its 0 in the group's baseline: use the manager where that matters.
         """
-        validate = sampling_params.get("temperature") == 0 or "global_steps" not in kwargs
         step = int(kwargs.get("global_steps", 0))
         sample = sample_from_row(kwargs, uid=str(kwargs.get("uid", "0")), system_prompt=self.settings.system_prompt)
         sample = replace(sample, seed_key=f"{step}/{kwargs.get('index', 0)}/{content_key(sample)}")
@@ -61,9 +61,9 @@ class AgentloopAgentLoop(AgentLoopBase):  # type: ignore[misc]
             top_k=int(sampling_params.get("top_k", -1)),
             log_probs=bool(sampling_params.get("logprobs", False)),
         )
-        trajectory = await self.agent.run(
-            sample, sampling=sampling, sibling=int(kwargs.get("session_id", 0)), step=step, validate=validate
-        )
+        # The legacy worker does not say which sibling this is; two of them must not share their seeds.
+        sibling = int(kwargs["session_id"]) if "session_id" in kwargs else random.getrandbits(31)
+        trajectory = await self.agent.run(sample, sampling=sampling, sibling=sibling, step=step)
         return self.output(trajectory, log_probs=sampling.log_probs)
 
     def output(self, trajectory: Trajectory, *, log_probs: bool = True) -> AgentLoopOutput:

@@ -1,4 +1,4 @@
-"""verl's replay buffers with a shorter wait between two looks: 20 ms for 2 s.
+"""verl's replay buffers with a shorter wait between two looks (20 ms for 2 s), and with the rollouts' metrics.
 
 `verl/trainer/ppo/v1/replay_buffer.py:144` fixes `poll_interval=2.0` and no setting reaches it; with small models most of a
 step is that wait. Chosen by `trainer.v1.sampler.custom_sampler.{path=pkg://agentloop.verl.sampler,name=QuickReplayBuffer}`
@@ -14,6 +14,8 @@ from typing import Any
 
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
+from agentloop.verl.metrics import GroupMetrics
+
 POLL_INTERVAL_S = 0.02
 
 
@@ -21,14 +23,14 @@ def _poll_interval(sampler_kwargs: Any) -> float:
     return float((sampler_kwargs or {}).get("poll_interval", POLL_INTERVAL_S))
 
 
-class QuickReplayBuffer(ReplayBuffer):  # type: ignore[misc]
+class QuickReplayBuffer(GroupMetrics, ReplayBuffer):  # type: ignore[misc]
     """For `trainer.v1.trainer_mode=sync`."""
 
     def __init__(self, *, sampler_kwargs: Any = None, **kwargs: Any) -> None:
         super().__init__(sampler_kwargs=sampler_kwargs, poll_interval=_poll_interval(sampler_kwargs), **kwargs)
 
 
-class QuickReplayBufferAsync(ReplayBufferAsync):  # type: ignore[misc]
+class QuickReplayBufferAsync(GroupMetrics, ReplayBufferAsync):  # type: ignore[misc]
     """For `colocate_async` and `separate_async`."""
 
     def __init__(self, *, sampler_kwargs: Any = None, **kwargs: Any) -> None:
