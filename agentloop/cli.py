@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -54,6 +55,8 @@ def build(only: str | None = None) -> typer.Typer:
 def main() -> None:
     """Entry point of the `agentloop` command."""
     argument = sys.argv[1] if len(sys.argv) > 1 else None
+    if os.getcwd() not in sys.path:  # as `python -m` does: the user's own tools and rewards are modules there
+        sys.path.insert(0, os.getcwd())
     try:
         build(argument)()
     except ConfigError as error:
