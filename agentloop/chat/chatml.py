@@ -36,6 +36,8 @@ class ChatMLRenderer(GenericRenderer):
 
     def after_turn(self, sampled: Sequence[int], messages: Sequence[Message]) -> list[Piece]:
         messages = check_messages(messages)
+        if not all(message["role"] in ("user", "tool") and isinstance(message["content"], str) for message in messages):
+            return super().after_turn(sampled, messages)
         if "tool" in self.not_taken and any(message["role"] == "tool" for message in messages):
             return super().after_turn(sampled, messages)  # says why not
         closed = len(sampled) > 0 and sampled[-1] == self.text.controls[END].id

@@ -29,6 +29,8 @@ class GenericRenderer(Renderer):
         self.text = encoder
         self.arguments_as_text = False
         """The template takes a call's arguments as JSON text only, not as a mapping."""
+        self.calls_as_text = False
+        """The template leaves tool calls out: what the model says is all in the text of its turn."""
         self.one_call = False
         """The template takes one tool call a turn only."""
         self.not_taken: dict[str, str] = {}
@@ -95,7 +97,7 @@ class GenericRenderer(Renderer):
 
     def turn(self, results: Sequence[Message], mark: str = MARK) -> Message:
         """A turn of the model that ends in `mark` and called a tool for each of `results`."""
-        if not results:
+        if not results or self.calls_as_text:
             return {"role": "assistant", "content": mark}
         results = results[-1:] if self.one_call else results
         calls = []
@@ -127,20 +129,20 @@ class GenericRenderer(Renderer):
 
     def _derive_tools(self, question: Message, usual: str) -> None:
         result = {"role": "tool", "content": "qzNEXTzq", "tool_call_id": "call00000", "name": "tool"}
-        for self.arguments_as_text in (False, True):
+        for self.arguments_as_text, self.calls_as_text in ((False, False), (True, False), (False, True)):
             turn = self.turn([result])
             try:
                 alone = self.template.render([question, turn], opening=False)
                 shown = self.template.render([question, turn, result])
-                break
             except ConfigError as error:
-                self.not_taken["tool"] = str(error)
+                self.not_taken.setdefault("tool", str(error))
+                continue
+            if MARK in alone and MARK in shown:
+                break
         else:
+            self.not_taken.setdefault("tool", "the chat template leaves out tool calls")
             return
         self.not_taken.pop("tool", None)
-        if MARK not in alone or MARK not in shown:
-            self.not_taken["tool"] = "the chat template leaves out tool calls"
-            return
         closed, rest = alone[_after_mark(alone) :], shown[_after_mark(shown) :]
         if "qzNEXTzq" not in rest:
             self.not_taken["tool"] = "the chat template leaves out the results of tools"

@@ -120,7 +120,7 @@ def _call(text: str, at: int) -> tuple[ToolCall | str, int]:
         return problem or f"its JSON is malformed ({_reason_of(error, text, start)})", at
     closing = _CLOSING.match(text, stop)
     if closing is None:
-        return _unclosed(text, stop) or f"there is more than one JSON object between {OPEN} and {CLOSE}", at
+        return _unclosed(text, stop) or f"something follows the JSON object before {CLOSE}", at
     try:
         return _checked(value), closing.end()
     except RecursionError:

@@ -48,6 +48,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "bos": "<｜begin▁of▁sentence｜>",
         "eos": "<｜end▁of▁sentence｜>",
     },
+    "glm": {
+        "special": ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+        "added": ["<tool_call>", "</tool_call>", "<think>", "</think>"],
+        "eos": "<|endoftext|>",
+    },
 }
 
 CORPUS = [
