@@ -41,15 +41,21 @@ def build(only: str | None = None) -> typer.Typer:
             context: dict[str, Any] = dict(_CONTEXT.get(name, {}))
             app.command(name, context_settings=context)(getattr(import_module(module), function))
 
-    @app.callback(invoke_without_command=False)
-    def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:
-        if show:
-            from agentloop import __version__
-
-            typer.echo(__version__)
-            raise typer.Exit
+    @app.callback()
+    def options(
+        version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True, callback=_version),
+    ) -> None:
+        del version
 
     return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from agentloop import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 def main() -> None:
