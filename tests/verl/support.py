@@ -6,6 +6,8 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+from omegaconf import DictConfig
+
 from agentloop.trajectory import (
     CallRecord,
     CallStatus,
@@ -102,3 +104,20 @@ def verl_worker(tokenizer: Any, prompt_length: int, response_length: int) -> Any
     worker.reward_loop_worker_handles = None
     worker.distillation_enabled = False
     return worker
+
+
+def verl_config(**overrides: Any) -> DictConfig:
+    """verl's own configuration, composed as its command line does it, with a few small sizes and dotted overrides."""
+    from hydra import compose, initialize_config_module
+
+    dotted = {
+        "actor_rollout_ref.model.path": "no-model",
+        "data.max_prompt_length": 64,
+        "data.max_response_length": 48,
+        "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.calculate_log_probs": True,
+        "trainer.experiment_name": "tests",
+        **overrides,
+    }
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", [f"++{key}={value}" for key, value in dotted.items()])
