@@ -66,6 +66,8 @@ class RolloutWorker:
         self.settings = settings
         self._queue = queue
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running = 0
+        """Groups whose trajectories have not all ended."""
         self._journal: Any = None
         tokenizer, chat_template = _tokenizer(config)
         self.loop = build_loop(
@@ -105,12 +107,13 @@ class RolloutWorker:
 
     async def submit(self, requests: Sequence[GroupRequest]) -> None:
         """Start groups and return at once."""
+        self._running += len(requests)
         for request in requests:
-            task = asyncio.create_task(self.group(request), name=request.sample.uid)
+            task = asyncio.create_task(self._group(request), name=request.sample.uid)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def group(self, request: GroupRequest) -> None:
+    async def _group(self, request: GroupRequest) -> None:
         """One group from `running` to `finished` or `failure`. Whatever happens in it stays in it."""
         uid, partition = request.sample.uid, request.partition
         await self._queue.async_kv_put(key=uid, partition_id=partition, tag={"status": "running"})
@@ -126,8 +129,10 @@ class RolloutWorker:
                 logger.warning("%s", _too_few(request, trajectories))
         except Exception:
             logger.exception("group %s of step %d failed", uid, request.step)
-        # The trainer may end the run as soon as it has its last group, and this process with it.
-        await self.flush()
+        self._running -= 1
+        if not self._running:
+            # The trainer may end the run as soon as it has its last group, and this process with it.
+            await self.flush()
         await self._queue.async_kv_put(key=uid, partition_id=partition, tag=tag)
 
     async def _put(self, trajectories: Sequence[Trajectory], partition: str) -> None:
@@ -166,8 +171,8 @@ class RolloutWorker:
         return self.settings.train
 
     async def flush(self) -> None:
-        """Wait for the journal, unless other groups run here: the last of them will."""
-        if self._journal is not None and len(self._tasks) <= 1:
+        """Wait until the journal is on disk."""
+        if self._journal is not None:
             await asyncio.to_thread(self._journal.flush, FLUSH_S)
 
     async def close(self) -> None:

@@ -70,7 +70,7 @@ def worker(tokenizer: Any, queue: Queue, *, broken: tuple[int, ...] = (), bug: b
 
     made = RolloutWorker.__new__(RolloutWorker)
     made.settings = read_settings(verl_config(**overrides))
-    made._queue, made._tasks, made._journal = queue, set(), None
+    made._queue, made._tasks, made._running, made._journal = queue, set(), 0, None
     renderer = load_renderer(tokenizer)
     ids = [*renderer.encode_text("seven"), renderer.stop_token_ids[0]]
     made.loop = AgentLoop(Boxes(ids, set(broken), bug), renderer, load_parser("hermes", renderer), reward=Half())
