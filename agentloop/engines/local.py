@@ -11,7 +11,7 @@ import torch
 
 from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.engines.local_batch import Batch, Request
-from agentloop.engines.local_cache import ATTENTION, SlotCache
+from agentloop.engines.local_cache import ATTENTION, Fill, SlotCache
 from agentloop.engines.local_sampling import check_sampling
 from agentloop.errors import ConfigError, EngineError, nearest
 
@@ -399,7 +399,7 @@ def _refuse(config: Any) -> None:
 
 
 def _take_over(model: Any, new_cache: Callable[[int], SlotCache]) -> None:
-    """Switch the model to our attention, and prove on two short rows that reading from the cache changes nothing."""
+    """Switch the model to our attention, and prove on a few tokens that reading from the cache changes nothing."""
     with torch.inference_mode():
         name = model.config.model_type
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -410,12 +410,12 @@ def _take_over(model: Any, new_cache: Callable[[int], SlotCache]) -> None:
             batch = Batch(model, new_cache, max_slots=2, max_len=8, version=0, decode_text=None)
             cache = new_cache(2)
             whole = ids[0].tolist()
-            filled = batch._forward(cache, 0, [0, 0], [whole[:3], whole[:5]])[:, -1]
-            decoded = batch._forward(cache, 0, [3, 5], [whole[3:4], whole[5:6]])[:, -1]
+            filled = batch._forward(cache, [], [Fill(0, 0, 3), Fill(1, 0, 2)], whole[:3] + whole[:2])
+            mixed = batch._forward(cache, [3], [Fill(1, 2, 4)], whole[3:4] + whole[2:])
         except Exception as error:
             raise ConfigError(f"the local engine cannot serve {name}: {type(error).__name__}: {error}") from error
-        got = torch.log_softmax(torch.cat([filled, decoded]).float(), dim=-1)
-        off = float((got - expected[[2, 4, 3, 5]]).abs().max())
+        got = torch.log_softmax(torch.cat([filled, mixed]).float(), dim=-1)
+        off = float((got - expected[[0, 1, 2, 0, 1, 3, 2, 3, 4, 5]]).abs().max())
         if not off <= (1e-3 if model.dtype == torch.float32 else 0.5):
             raise ConfigError(
                 f"the local engine cannot serve {name}: with cached keys and values its logits differ by {off:.3g}"

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from agentloop.engines.base import Generation, Sampling
-from agentloop.engines.local_cache import SlotCache
+from agentloop.engines.local_cache import Fill, SlotCache
 from agentloop.engines.local_sampling import RowSampler
 from agentloop.errors import EngineError
 from agentloop.trajectory import StopReason
 
 PREFILL_TOKENS = 8192
-"""Columns of one prefill forward, padding included; longer inputs go in chunks, with decode steps between them."""
+"""Input tokens that one step takes in; more wait for the next, so that those who decode wait no longer than this."""
 SCORE_LOGITS = 1 << 26
 """Logits of one forward of `score`; longer inputs go in chunks."""
 
@@ -58,8 +58,8 @@ class Row:
 class Batch:
     """The requests and the cache. Not thread-safe: one thread calls everything, `step` over and over while `busy`.
 
-    Slots `[0, running)` hold the rows that decode, without gaps; the others hold rows that are being filled, rows kept
-    for later, and nothing. Rows trade places when one joins or leaves.
+    Slots `[0, running)` hold the rows that decode, without gaps; the others hold rows whose input is being taken in, rows
+    kept for later, and nothing. Rows trade places when one joins or leaves.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Batch:
         self._cache = new_cache(max_slots)
         self._decode_text = decode_text
         self._device: torch.device = model.device
+        self._own_mask = torch.zeros(1, 1, 1, 1, device=self._device)  # 4-D: transformers makes no mask, `attend` does
         self._waiting: deque[Request] = deque()
         self._filling: list[Row] = []
         self._idle: dict[str, Row] = {}  # least recently used first
@@ -183,20 +184,17 @@ class Batch:
         for start in range(0, len(ids) - 1, chunk):
             piece = ids[start : min(start + chunk, len(ids) - 1)]
             targets = torch.tensor(ids[start + 1 : start + 1 + len(piece)], device=self._device)
-            logits = self._forward(cache, 0, [start], [list(piece)], keep=0)[0].float()
+            logits = self._forward(cache, [], [Fill(0, start, len(piece))], list(piece)).float()
             values += torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None])[:, 0].tolist()
         return values
 
     # A step
 
     def step(self) -> None:
-        """Let requests in, fill some of their inputs, and give every running request its next token."""
+        """Let requests in, and do one forward: the next token of every running request, and inputs of new ones."""
         try:
             self._admit()
-            if self._filling:
-                self._fill()
-            if self._running:
-                self._decode()
+            self._advance()
         except Exception as error:  # out of memory, a broken model: every request learns of it, the engine lives
             self.fail_all(EngineError(f"the local engine's forward failed: {type(error).__name__}: {error}"))
             self.free_cache()
@@ -234,62 +232,56 @@ class Batch:
             return slot
         return None
 
-    def _fill(self) -> None:
-        """One prefill: the oldest row and those of about its length, as far as `PREFILL_TOKENS` go."""
-        group: list[Row] = []
-        width = 0
-        for row in self._filling:
-            count = min(len(row.ids) - row.kept, PREFILL_TOKENS)
-            if group and max(width, count) > 2 * min(width, count) + 16:
-                continue
-            if (len(group) + 1) * max(width, count) > PREFILL_TOKENS and group:
-                break
-            group.append(row)
-            width = max(width, count)
-        first = self._running
-        self._place(group, first)
-        rows = [row for row in self._slots[first : first + len(group)] if row is not None]
-        pieces = [row.ids[row.kept : row.kept + PREFILL_TOKENS] for row in rows]
-        logits = self._forward(self._cache, first, [row.kept for row in rows], pieces)[:, -1]
-        for row, piece in zip(rows, pieces, strict=True):
-            row.kept += len(piece)
-        ready = [i for i, row in enumerate(rows) if row.kept == len(row.ids)]
-        if ready:
-            rows = [rows[i] for i in ready]
-            for row in rows:
-                row.min_version = self.version
-                self._filling.remove(row)
-            sampler = RowSampler([row.request.sampling for row in rows if row.request], self._device)
-            self._sample(rows, sampler, logits[ready])
-            self._settle(joined=rows)
-
-    def _decode(self) -> None:
+    def _advance(self) -> None:
         rows = [row for row in self._slots[: self._running] if row is not None]
-        logits = self._forward(self._cache, 0, [row.kept for row in rows], [row.ids[-1:] for row in rows])[:, -1]
+        decoding = [row.kept for row in rows]
+        tokens = [row.ids[-1] for row in rows]
+        wanted = list(range(len(rows)))  # columns whose logits are sampled from
         for row in rows:
             row.kept += 1
-        if self._sampler is None:
-            self._sampler = RowSampler([row.request.sampling for row in rows if row.request], self._device)
-        if self._sample(rows, self._sampler, logits):
-            self._settle()
+        fills, ready = [], []
+        room = PREFILL_TOKENS
+        for row in self._filling:
+            if not room:
+                break
+            piece = row.ids[row.kept : row.kept + room]
+            fills.append(Fill(row.slot, row.kept, len(piece)))
+            tokens += piece
+            room -= len(piece)
+            row.kept += len(piece)
+            if row.kept == len(row.ids):
+                row.min_version = self.version
+                ready.append(row)
+                wanted.append(len(tokens) - 1)
+        if not tokens:
+            return
+        logits = self._forward(self._cache, decoding, fills, tokens, wanted)
+        if ready:
+            rows += ready
+            self._filling = [row for row in self._filling if row.kept < len(row.ids)]
+            self._sampler = None
+        if rows:
+            if self._sampler is None:
+                self._sampler = RowSampler([row.request.sampling for row in rows if row.request], self._device)
+            ended = self._sample(rows, self._sampler, logits)
+            if ended or ready:
+                self._settle(joined=ready)
 
     def _forward(
-        self, cache: SlotCache, first: int, lengths: list[int], pieces: list[list[int]], keep: int = 1
+        self, cache: SlotCache, decoding: list[int], fills: list[Fill], tokens: list[int], wanted: list[int] | None = None
     ) -> torch.Tensor:
-        """Logits `[rows, keep, vocabulary]` (`keep` 0: all columns) after each row's new tokens."""
-        width = max(map(len, pieces))
-        counts = [len(piece) for piece in pieces]
-        padded = [[0] * (width - len(piece)) + piece for piece in pieces]
-        positions, mask = cache.begin(first, lengths, counts, width)
+        """Logits `[wanted, vocabulary]` of the columns `wanted` (default: all); see `SlotCache.begin`."""
+        positions = cache.begin(decoding, fills)
         answer = self.model(
-            input_ids=torch.tensor(padded, device=self._device),
-            attention_mask=mask,
+            input_ids=torch.tensor([tokens], device=self._device),
+            attention_mask=self._own_mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=keep,
+            logits_to_keep=0 if wanted is None else torch.tensor(wanted, dtype=torch.long, device=self._device),
+            slot_cache=cache,
         )
-        logits: torch.Tensor = answer.logits
+        logits: torch.Tensor = answer.logits[0]
         return logits
 
     def _sample(self, rows: list[Row], sampler: RowSampler, logits: torch.Tensor) -> bool:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention as attention
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "agentloop_grouped_sdpa"
-"""Name under which `grouped_attention` is registered with transformers."""
+ATTENTION = "agentloop_slots"
+"""Name under which `slot_attention` is registered with transformers."""
 SMALLEST_LENGTH = 256
+
+
+class Fill(NamedTuple):
+    """`new` tokens of one slot, after the `start` that it has."""
+
+    slot: int
+    start: int
+    new: int
 
 
 class SlotCache(Cache):  # type: ignore[misc]
     """A fixed number of rows ("slots") in one tensor `[layers, 2, slots, kv_heads, length, head_dim]`.
 
-    The scheduler keeps the rows of one forward next to each other, so that attention reads a view and nothing is copied
-    at a decode step but the new keys and values. The tensor grows, by doubling, in slots and in length, as it is needed.
+    A forward has no padding: its tokens lie side by side, whichever slots they belong to. Slots that decode are the first
+    ones, without gaps, so that attention reads a view of them and a decode step copies nothing but the new keys and values.
+    The tensor grows, by doubling, in slots and in length, as it is needed.
 
-    `begin` says what the next forward is about; transformers then calls `update` once a layer.
+    `begin` says what the next forward is about; in each layer transformers then calls `update` and `slot_attention`.
     """
 
     def __init__(
@@ -41,15 +52,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._dtype = dtype
         self._device = device
         self._store: torch.Tensor | None = None
-        self._rows = slice(0, 0)
         self._seen = 0
-        self._write: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._take: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def slots(self) -> int:
-        """Slots that exist now; more come with `reserve`."""
-        return 0 if self._store is None else self._store.shape[2]
+        self._slots = self._positions = torch.empty(0, dtype=torch.long)
+        self._decoding = 0
+        self._decode_mask: torch.Tensor | None = None
+        self._fills: list[tuple[Fill, int, torch.Tensor | None]] = []
 
     def bytes_per_token(self) -> int:
         layers, two, heads, dim = self._shape
@@ -87,52 +94,77 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Give the memory back; the next `reserve` starts anew."""
         self._store = None
 
-    def begin(self, first: int, lengths: list[int], counts: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next forward has one row for each slot from `first` on: row `i` brings `counts[i]` new tokens, at the right
-        end of its `width` columns, after the `lengths[i]` that it has.
+    def begin(self, decoding: Sequence[int], filling: Sequence[Fill]) -> torch.Tensor:
+        """The next forward takes, side by side in one row of columns: one new token for each of the slots from 0 on, which
+        have `decoding[slot]` tokens already, and then the new tokens of each fill.
 
-        Returns position ids `[rows, width]` and the additive mask `[rows, 1, width, seen]`.
+        Returns position ids `[1, columns]`.
         """
         device = self._device
-        rows = len(lengths)
-        ends = [length + count for length, count in zip(lengths, counts, strict=True)]
-        self._seen = max(ends)
-        self._rows = slice(first, first + rows)
-        self.reserve(first + rows, self._seen)
-        slots = torch.arange(first, first + rows, device=device)
-        end = torch.tensor(ends, device=device)
-        positions = end[:, None] + torch.arange(-width, 0, device=device)[None, :]
-        if width == 1:
-            self._take = None
-            self._write = (slots, positions[:, 0])
-        else:
-            # Columns left of a row's new tokens are padding: they write nothing, and see one token so that no softmax
-            # is over nothing.
-            real = positions >= torch.tensor(lengths, device=device)[:, None]
-            row, column = real.nonzero(as_tuple=True)
-            self._take = (row, column)
-            self._write = (slots[row], positions[row, column])
-            positions = positions.clamp(min=0)
-        hidden = torch.arange(self._seen, device=device)[None, None, :] > positions[:, :, None]
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=device).masked_fill_(hidden, float("-inf"))
-        return positions, mask[:, None]
+        slots = list(range(len(decoding)))
+        positions = list(decoding)
+        for fill in filling:
+            slots += [fill.slot] * fill.new
+            positions += range(fill.start, fill.start + fill.new)
+        self._seen = max(positions) + 1
+        self.reserve(max(slots) + 1, self._seen)
+        self._slots = torch.tensor(slots, device=device)
+        self._positions = torch.tensor(positions, device=device)
+        self._decoding = len(decoding)
+        self._decode_mask = None
+        if decoding:
+            self._decode_mask = self._mask(self._positions[: len(decoding)], max(decoding) + 1)[:, None, None, :]
+        self._fills = []
+        first = len(decoding)
+        for fill in filling:
+            end = first + fill.new
+            mask = None
+            if fill.start and fill.new > 1:
+                mask = self._mask(self._positions[first:end], fill.start + fill.new)
+            self._fills.append((fill, first, mask))
+            first = end
+        return self._positions[None, :]
+
+    def _mask(self, positions: torch.Tensor, seen: int) -> torch.Tensor:
+        """Additive mask `[positions, seen]`: each position sees itself and all before it."""
+        hidden = torch.arange(seen, device=self._device)[None, :] > positions[:, None]
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[rows, kv_heads, width, head_dim]`; returns views `[rows, kv_heads, seen, head_dim]`."""
+        """Write `[1, kv_heads, columns, head_dim]`; returns the layer's whole store, `[slots, kv_heads, length, head_dim]`
+        each, which `attend` picks from."""
         assert self._store is not None
-        assert self._write is not None
-        slots, positions = self._write
         keys, values = self._store[layer_idx, 0], self._store[layer_idx, 1]
-        if self._take is None:
-            keys[slots, :, positions] = key_states[:, :, 0]
-            values[slots, :, positions] = value_states[:, :, 0]
-        else:
-            row, column = self._take
-            keys[slots, :, positions] = key_states[row, :, column]
-            values[slots, :, positions] = value_states[row, :, column]
-        return keys[self._rows, :, : self._seen], values[self._rows, :, : self._seen]
+        keys[self._slots, :, self._positions] = key_states[0].transpose(0, 1)
+        values[self._slots, :, self._positions] = value_states[0].transpose(0, 1)
+        return keys, values
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None) -> torch.Tensor:
+        """Attention of `query` `[1, heads, columns, head_dim]`, each column over its own slot: `[1, columns, heads, head_dim]`.
+
+        Heads that share keys are taken as the query's length (decoding) or as a batch (filling), so that no keys are
+        repeated: at decode steps that would copy the whole cache.
+        """
+        _, heads, columns, dim = query.shape
+        shared = keys.shape[1]
+        output = query.new_empty(columns, heads, dim)
+        count = self._decoding
+        if count and self._decode_mask is not None:
+            seen = self._decode_mask.shape[-1]
+            grouped = query[0, :, :count].transpose(0, 1).reshape(count, shared, -1, dim)
+            answer = attention(grouped, keys[:count, :, :seen], values[:count, :, :seen], self._decode_mask, scale=scaling)
+            output[:count] = answer.reshape(count, heads, dim)
+        for fill, first, mask in self._fills:
+            end = fill.start + fill.new
+            grouped = query[0, :, first : first + fill.new].reshape(shared, -1, fill.new, dim).transpose(0, 1)
+            shape = (grouped.shape[0], -1, -1, -1)
+            own_keys, own_values = keys[fill.slot, :, :end].expand(shape), values[fill.slot, :, :end].expand(shape)
+            causal = fill.start == 0 and fill.new > 1
+            answer = attention(grouped, own_keys, own_values, mask, is_causal=causal, scale=scaling)
+            output[first : first + fill.new] = answer.permute(2, 1, 0, 3).reshape(fill.new, heads, dim)
+        return output[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._seen
@@ -141,25 +173,22 @@ class SlotCache(Cache):  # type: ignore[misc]
         return self._seen, 0
 
 
-def grouped_attention(
+def slot_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    slot_cache: SlotCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa, but one query a row is attended without repeating keys and values for each query head: the heads
-    that share a key become the query's length. At decode steps the repeat would copy the whole cache."""
-    rows, heads, width, dim = query.shape
-    if width != 1 or attention_mask is None or key.shape[1] == heads:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return output, None
-    grouped = query.reshape(rows, key.shape[1], -1, dim)
-    output = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, value.shape[-1]), None
+    """What transformers calls in each layer: `SlotCache.attend` in our forwards, its own sdpa in all others."""
+    if slot_cache is not None:
+        return slot_cache.attend(query, key, value, scaling), None
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return output, None
 
 
-AttentionInterface.register(ATTENTION, grouped_attention)
+AttentionInterface.register(ATTENTION, slot_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
