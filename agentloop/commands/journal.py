@@ -15,7 +15,7 @@ from agentloop.journal.export import export as export_run
 from agentloop.journal.format import PARTITIONS, JournalError
 from agentloop.journal.reader import Run, run_names
 from agentloop.journal.recorded import Row
-from agentloop.journal.show import show_trajectory, table, visible
+from agentloop.journal.show import show_trajectory, table
 from agentloop.journal.stats import step_stats, summarise
 
 RUNS = Path("runs")
@@ -186,7 +186,7 @@ def _list_trajectories(console: Console, rows: list[Row]) -> None:
         [
             [
                 row.partition,
-                visible(row.id),
+                row.id,
                 _number(row.reward),
                 _end(row),
                 row.turns,
@@ -195,7 +195,7 @@ def _list_trajectories(console: Console, rows: list[Row]) -> None:
                 row.tool_calls,
                 _counts(row.tool_failures),
                 _number(row.total_s, 2) if row.complete else "-",
-                " ".join((["masked"] if row.masked else []) + ([visible(row.error)] if row.error else [])),
+                " ".join((["masked"] if row.masked else []) + ([row.error] if row.error else [])),
             ]
             for row in rows
         ],

@@ -168,9 +168,9 @@ def _read_events(row: Row) -> list[Mapping[str, Any]]:
 
 
 def _row(raw: RawRow, place: Place, name: FileName, path: Path) -> Row:
-    fields = {key: value for key, value in raw.items() if key != "lines"}
-    lines = tuple((offset, length) for offset, length in raw["lines"])
-    return Row(**fields, **place._asdict(), **name._asdict(), file=path, lines=lines)
+    """A snapshot: `raw` goes on being counted up while the run is written."""
+    fields = raw | {"tool_failures": dict(raw["tool_failures"]), "lines": tuple(raw["lines"])}
+    return Row(**fields, **place._asdict(), **name._asdict(), file=path)
 
 
 def _few(known: set[str], key: str) -> list[str]:

@@ -68,7 +68,7 @@ class Row:
     generation: int
     file: Path = field(repr=False)
     """The event file."""
-    lines: tuple[tuple[int, int], ...] = field(repr=False)
+    lines: Sequence[Sequence[int]] = field(repr=False)
     """Offset and length of each of its events there."""
 
 

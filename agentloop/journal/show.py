@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from agentloop.journal.recorded import ORIGINS, RecordedTrajectory
@@ -37,17 +37,12 @@ def _escape(char: str) -> str:
 
 
 def table(console: Console, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table; on a terminal with lines and colour, else plain columns that are never cut or wrapped."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    if console.is_terminal:
-        drawn = Table(*head, header_style="bold", box=None, pad_edge=False)
-        for row in cells:
-            drawn.add_row(*[Text(cell) for cell in row])
-        console.print(drawn)
-        return
-    widths = [max(len(row[i]) for row in [list(head), *cells]) for i in range(len(head))]
-    for row in [list(head), *cells]:
-        _plain(console, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Columns under a heading, never cut: what does not fit is wrapped by the terminal."""
+    lines = [list(head), *[[visible(str(cell)) for cell in row] for row in rows]]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(head))]
+    for number, line in enumerate(lines):
+        padded = [cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
+        _plain(console, Text("  ".join(padded).rstrip(), "" if number else "bold"))
 
 
 def show_trajectory(console: Console, recorded: RecordedTrajectory, *, tokens: bool = False, damage: str | None = None) -> None:
@@ -145,7 +140,7 @@ def _tokens(console: Console, recorded: RecordedTrajectory) -> None:
     start = 0
     for origin, n, turn in recorded.segments:
         head = f"{origin.value:<12}" if turn < 0 else f"{origin.value:<12}turn {turn:<4}"
-        line = Text(f"{start:>7} {head} ", "dim")
+        line = Text().append(f"{start:>7} {head} ", "dim")
         for at in range(start, start + n):
             piece = f"<{ids[at]}>" if pieces is None else _piece(pieces[at])
             line.append(piece, STYLES[origin]).append("│", "dim")

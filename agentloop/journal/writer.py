@@ -279,10 +279,8 @@ class JournalWriter:
                 self._take(item)
                 continue
             for place, file in self._files.items():
-                self._save_index(place, file)
+                self._rest(place, file)
             if item is None:
-                for file in self._files.values():
-                    file.close()
                 return
             item.set()
 
@@ -314,17 +312,18 @@ class JournalWriter:
         file = self._files.pop(place, None) or StepFile(self.run_dir, place, self._name)
         self._files[place] = file
         for other, idle in list(self._files.items())[:-OPEN_FILES]:
-            self._save_index(other, idle)
-            idle.close()
+            self._rest(other, idle)
             if not idle.open_ids:
                 del self._files[other]
         return file
 
-    def _save_index(self, place: Place, file: StepFile) -> None:
+    def _rest(self, place: Place, file: StepFile) -> None:
+        """Bring the index up to date and give the file handles back until the next event."""
         try:
             file.save_index()
-        except OSError as error:
-            self._report("index", f"{place.folder}: {error}")
+            file.close()
+        except Exception as error:
+            self._report("index", f"{place.folder}: {error!r}")
 
 
 def _sample(sample: Sample) -> dict[str, Any]:

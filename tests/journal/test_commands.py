@@ -15,6 +15,7 @@ from agentloop.commands import journal as commands
 from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter, Run
 from agentloop.journal.show import show_trajectory, visible
+from agentloop.trajectory import CallRecord, CallStatus, ToolCall
 from tests.journal.conversations import conversation, decode
 
 
@@ -195,3 +196,15 @@ def test_bad_input_is_one_sentence(runs: Path, arguments: list[str], sentence: s
     assert isinstance(result.exception, ConfigError)
     assert sentence in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+def test_a_tool_name_that_the_model_made_up_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        trajectory = conversation(writer, 1, stop_after="turn")
+        turn = trajectory.turns[0]
+        turn.calls.append(CallRecord(ToolCall("\x1b[2J", {}, "t0c0"), CallStatus.UNKNOWN_TOOL, "no such tool"))
+        writer.tool(trajectory, turn, turn.calls[0])
+    for command in ("show", "stats"):
+        shown = agentloop(command, str(tmp_path)).output
+        assert "\\x1b[2J" in shown
+        assert "\x1b" not in shown

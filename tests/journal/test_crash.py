@@ -110,9 +110,8 @@ def test_events_torn_at_any_byte(tmp_path: Path) -> None:
         (torn / step / "w0.g1.traj.jsonl").write_bytes(data[:cut])
         run = Run(torn)
         rows = list(run.trajectories())
-        assert sum(row.complete for row in rows) == data[:cut].count(b'"traj_end"') - (
-            b'"traj_end"' in data[:cut].split(b"\n")[-1]
-        )
+        whole_lines = data[: data.rfind(b"\n", 0, cut) + 1]
+        assert sum(row.complete for row in rows) == whole_lines.count(b'"traj_end"')
         for row in rows:
             recorded = run.load(row)
             if row.complete:
