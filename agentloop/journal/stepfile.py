@@ -51,7 +51,7 @@ class Appender:
             known = self.size
             self.open()
             if self.size != known:
-                raise OSError(f"{self.path} was changed by somebody else")
+                raise OSError(f"{self.path} was removed or changed by somebody else")
         assert self._fd is not None
         if os.fstat(self._fd).st_nlink == 0:  # writing would succeed and go nowhere
             raise FileNotFoundError(2, "removed while it was written", str(self.path))

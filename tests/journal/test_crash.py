@@ -191,16 +191,21 @@ def test_a_full_disk_does_not_reach_the_caller(tmp_path: Path) -> None:
             assert facts(run.load(row).to_trajectory()) == expected(row.id)
 
 
-def test_a_removed_folder_does_not_reach_the_caller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_removed_folder_does_not_reach_the_caller(tmp_path: Path, caplog: pytest.LogCaptureFixture, idle: bool) -> None:
     with caplog.at_level(logging.ERROR), JournalWriter(tmp_path / "run", decode=decode) as writer:
         conversation(writer, 0)
         conversation(writer, 1, stop_after="turn")
         writer.flush()
+        if not idle:  # the files are open when they go
+            conversation(writer, 5, stop_after="start")
+            while "u5_1" not in {row.id for row in Run(tmp_path / "run").trajectories()}:
+                time.sleep(0.001)
         shutil.rmtree(tmp_path / "run")
         conversation(writer, 2)
         conversation(writer, 3)
     assert writer.errors > 0
-    assert len([record for record in caplog.records if "removed while it was written" in record.message]) == 1
+    assert len([record for record in caplog.records if "removed" in record.message]) == 1
     run = Run(tmp_path / "run")
     assert facts(run.load("u3_3").to_trajectory()) == expected("u3_3")
     assert all(row.complete for row in run.trajectories())
