@@ -298,7 +298,7 @@ def _backoff(attempt: int) -> float:
 
 
 def _too_late(entry: Entry, limit: float) -> _Outcome:
-    return _Outcome(CallStatus.TIMEOUT, f"The tool '{entry.name}' did not answer within {max(0.0, limit):.3g} s.")
+    return _Outcome(CallStatus.TIMEOUT, f"The tool '{entry.name}' did not answer within {max(0.0, round(limit, 2)):g} s.")
 
 
 def _invalid(entry: Entry, problem: str) -> str:

@@ -204,7 +204,8 @@ def _policy(data: Mapping[str, Any], known: Iterable[str]) -> tuple[ToolPolicy, 
         return ToolPolicy.model_validate(dict(data)), []
     except ValidationError as error:
         problems = []
-        for first in error.errors():
+        # Misspelt keys first: what they were meant for is reported as missing.
+        for first in sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden"):
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 options = ("calls", "period") if len(first["loc"]) > 1 else known

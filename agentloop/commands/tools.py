@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agentloop.errors import ConfigError, nearest
-from agentloop.tools.policy import ToolPolicy
+from agentloop.tools.policy import RateLimit, ToolPolicy
 from agentloop.tools.registry import ToolRegistry, read_tools
 from agentloop.trajectory import CallRecord, CallStatus, Sample, ToolCall
 
@@ -41,9 +41,9 @@ def list_tools(file: Annotated[Path, _FILE]) -> None:
 
 def _policies(policy: ToolPolicy) -> str:
     shown = []
-    for key, value in policy.model_dump(exclude_defaults=True).items():
-        text = f"{value['calls']}/{value['period']:g}s" if key == "rate_limit" else f"{value}"
-        shown.append(f"{key}={text}")
+    for key in sorted(policy.model_fields_set):
+        value = getattr(policy, key)
+        shown.append(f"{key}={value.calls}/{value.period:g}s" if isinstance(value, RateLimit) else f"{key}={value}")
     return " ".join(shown)
 
 

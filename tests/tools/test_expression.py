@@ -35,7 +35,8 @@ def expressions(draw: st.DrawFn, depth: int = 3) -> str:
 
 def python(text: str) -> Fraction:
     """The same text under Python's own grammar, its numbers exact fractions."""
-    return eval(re.sub(r"\d+", lambda match: f"Fraction({match[0]})", text), {"Fraction": Fraction})
+    value: Fraction = eval(re.sub(r"\d+", lambda match: f"Fraction({match[0]})", text), {"Fraction": Fraction})
+    return value
 
 
 @settings(deadline=None)
