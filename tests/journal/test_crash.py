@@ -205,7 +205,7 @@ def test_a_removed_folder_does_not_reach_the_caller(tmp_path: Path, caplog: pyte
         conversation(writer, 2)
         conversation(writer, 3)
     assert writer.errors > 0
-    assert len([record for record in caplog.records if "removed" in record.message]) == 1
+    assert len([record for record in caplog.records if " removed " in record.message]) == 1
     run = Run(tmp_path / "run")
     assert facts(run.load("u3_3").to_trajectory()) == expected("u3_3")
     assert all(row.complete for row in run.trajectories())
