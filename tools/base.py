@@ -251,7 +251,7 @@ class BaseTool(ABC):
 
 
 def accepted_kwargs(method: Callable[..., Any], kwargs: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """Those of `kwargs` that `method` takes, with all of them as `group=` too if it takes that.
+    """Those of `kwargs` that `method` takes, with all of them as `group=` too if it takes that (even if there are none).
 
     Raises `ConfigError` for one that it takes in neither way.
     """
@@ -266,7 +266,7 @@ def accepted_kwargs(method: Callable[..., Any], kwargs: Mapping[str, Any], group
             if key not in result:
                 known = set(parameters) - {"self", "instance_id", "parameters"}
                 raise ConfigError(f"unknown key '{key}'; {nearest(key, known)}")
-    elif kwargs:
+    else:
         result[group] = dict(kwargs)
     return result
 
@@ -287,11 +287,13 @@ def _wrap_create(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
 
 
 def _wrap_execute(execute: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    taken = inspect.signature(execute).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
     @functools.wraps(execute)
     async def wrapped(self: BaseTool, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> Answer:
-        parameters_taken = inspect.signature(execute).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters_taken.values()):
-            kwargs = {key: value for key, value in kwargs.items() if key in parameters_taken}  # verl passes agent_data
+        if not takes_any:
+            kwargs = {key: value for key, value in kwargs.items() if key in taken}  # verl passes agent_data
         return to_answer(await execute(self, instance_id, parameters, **kwargs))
 
     return wrapped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import inspect
 import logging
 from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import dataclass, replace
@@ -164,7 +165,10 @@ class RegistrySession(ToolSession):
         policy = entry.policy
         now = asyncio.get_running_loop().time
         started = now()
-        end = deadline if policy.timeout is None else min(deadline, started + policy.timeout)
+        # The deadline covers the tool's cleaning up too, and whoever set it may enforce it at the very moment it passes.
+        end = deadline - min(CANCEL_GRACE_S, max(0.0, deadline - started) / 10)
+        if policy.timeout is not None:
+            end = min(end, started + policy.timeout)
         waited = ran = 0.0
         attempts = 0
         outcome = _too_late(entry, end - started)
@@ -278,8 +282,10 @@ def method_kwargs(tool: ToolLike, row: Mapping[str, Any], where: str) -> dict[st
             raise ConfigError(f"{where}: key '{group}' must be a mapping, got {given!r}")
         try:
             # verl's loop hands `create_kwargs` over as one argument of that name; the others it used to spread.
-            passed[method] = accepted_kwargs(getattr(tool, method), given, group if method == "create" else "")
-        except ConfigError as error:
+            function = getattr(tool, method)
+            passed[method] = accepted_kwargs(function, given, group if method == "create" else "")
+            inspect.signature(function).bind("id", *([{}] if method == "execute" else []), **passed[method])
+        except (ConfigError, TypeError) as error:
             raise ConfigError(f"{where}: key '{group}': {error}") from error
     return passed
 

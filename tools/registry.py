@@ -316,7 +316,7 @@ def _entry(tool: Any, policy: ToolPolicy) -> Entry:
         if not inspect.iscoroutinefunction(inspect.unwrap(function)):
             raise ConfigError(f"'{method}' of tool '{tool.name}' must be 'async def'")
         try:
-            inspect.signature(function).bind(*arguments)
+            inspect.signature(function).bind_partial(*arguments)
         except TypeError as error:
             raise ConfigError(f"'{method}' of tool '{tool.name}' cannot be called as the registry does: {error}") from error
     schema = ToolSchema.of(tool.tool_schema).to_dict()

@@ -81,6 +81,15 @@ def test_a_row_that_names_what_is_not_there(sample: dict[str, Any], says: str) -
     assert says in str(caught.value)
 
 
+def test_a_row_that_lacks_what_create_needs() -> None:
+    class Keyed(Counter):
+        async def create(self, instance_id: str | None, key: str, **kwargs: Any) -> None:  # type: ignore[override]
+            return None
+
+    with pytest.raises(ConfigError, match="tool 'counter': key 'create_kwargs': missing a required argument: 'key'"):
+        ToolRegistry.from_tools([Keyed()]).session(Sample(messages=[]), "row_0")
+
+
 def test_a_row_with_columns_that_parquet_filled_with_nothing() -> None:
     kwargs: Any = {"counter": {"create_kwargs": None, "execute_kwargs": None}, "repeat": None}
     ToolRegistry.from_tools([Counter(), repeat]).session(Sample(messages=[], tools_kwargs=kwargs), "row_0")
@@ -287,8 +296,16 @@ async def test_a_call_ends_at_its_timeout_or_the_deadline(policy: dict[str, Any]
     async with opened(ToolRegistry.from_tools([sleeper], {"sleeper": policy})) as session:
         record = await call(session, "sleeper", {"seconds": 3600}, within=within)
     assert record.status is CallStatus.TIMEOUT
-    assert "'sleeper' did not answer within 0.05 s" in record.text
+    assert "The tool 'sleeper' did not answer within" in record.text
     assert (sleeper.ended, sleeper.running, sleeper.released) == (["cancelled"], 0, 1)
+
+
+async def test_the_answer_is_there_before_whoever_set_the_deadline_enforces_it() -> None:
+    async with opened(ToolRegistry.from_tools([Sleeper()], {"sleeper": {"on_error": "drop_sample"}})) as session:
+        deadline = asyncio.get_running_loop().time() + 0.5
+        async with asyncio.timeout_at(deadline):
+            record = await session.call(ToolCall("sleeper", {"seconds": 3600}), deadline=deadline)
+    assert (record.status, record.attempts, record.on_error) == (CallStatus.TIMEOUT, 1, "drop_sample")
 
 
 async def test_nothing_starts_after_the_deadline() -> None:
@@ -482,3 +499,21 @@ def test_one_registry_serves_several_event_loops(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         assert [asyncio.run(twice()) for _ in range(2)] == [[CallStatus.OK] * 3] * 2
     assert sleeper.most == 1
+
+
+async def test_create_gets_its_arguments_by_name_and_as_verl_passes_them() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Watch(Counter):
+        name = "watch"
+
+        async def create(self, instance_id: str | None = None, start: int = 0, **kwargs: Any) -> None:
+            seen.append({"start": start, **kwargs})
+
+    watch = Watch()
+    registry = ToolRegistry.from_tools([watch])
+    given = {"start": 3, "more": 4}
+    async with opened(registry, tools_kwargs={"watch": {"create_kwargs": given}}), opened(registry):
+        await watch.create(create_kwargs=given)
+    everything = {**given, "create_kwargs": given}
+    assert seen == [everything, {"start": 0, "create_kwargs": {}}, everything]
