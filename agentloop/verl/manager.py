@@ -26,14 +26,15 @@ from agentloop.batch import to_dataproto
 from agentloop.data.rows import content_key, sample_from_row
 from agentloop.errors import ConfigError
 from agentloop.trajectory import Trajectory
+from agentloop.verl.client import VerlEngine
 from agentloop.verl.metrics import metrics
 from agentloop.verl.settings import read_settings, refuse_agent_names
-from agentloop.verl.worker import GroupRequest, RolloutWorker
+from agentloop.verl.worker import GroupRequest, RolloutWorker, build_loop, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
 
-class _RolloutActor(RolloutWorker):
+class RolloutActor(RolloutWorker):
     """A `RolloutWorker` as a Ray actor; it joins TransferQueue if the trainer uses it."""
 
     def __init__(self, *args: Any, use_queue: bool, **kwargs: Any) -> None:
@@ -46,7 +47,7 @@ class _RolloutActor(RolloutWorker):
         super().__init__(*args, queue=queue, **kwargs)
 
 
-RolloutActor: Any = ray.remote(_RolloutActor)
+_remote_actor: Any = ray.remote(RolloutActor)
 
 
 class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
@@ -63,6 +64,10 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         if is_distillation_enabled(config.get("distillation")):
             raise ConfigError("distillation.enabled: agentloop does not compute a teacher's log-probabilities")
         self.settings = read_settings(config)
+        tokenizer, chat_template = tokenizer_of(config)
+        # The workers build the same; here a mistake in tools, template or parser is one sentence in the trainer's process.
+        build_loop(VerlEngine(llm_client), self.settings, tokenizer, chat_template=chat_template)
+        self.pad_token_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.use_v1 = bool(config.trainer.get("use_v1", True))
         if not self.use_v1:
             self._keep_fillers_out(config)
@@ -71,7 +76,7 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
 
     @classmethod
     def create(cls, *args: Any, **kwargs: Any) -> AgentLoopManager:
-        """As verl calls it; comes back when every worker is ready, with the first `ConfigError` of one that is not."""
+        """As verl calls it; comes back when every worker is ready."""
         manager = cls(*args, **kwargs)
         manager._start_workers()
         return manager
@@ -86,7 +91,7 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         for index in range(self.settings.num_workers):
             on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True)
             self.workers.append(
-                RolloutActor.options(scheduling_strategy=on_node).remote(
+                _remote_actor.options(scheduling_strategy=on_node).remote(
                     self.config,
                     self.settings,
                     self.llm_client,
@@ -179,16 +184,11 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         return requests, list(places.values())
 
     def _padded(self, trajectories: Sequence[Trajectory], prompts: DataProto) -> DataProto:
-        from verl.utils.config import omega_conf_to_dataclass
-
-        if not hasattr(self, "_pad_token_id"):
-            token = omega_conf_to_dataclass(self.config.actor_rollout_ref.model).tokenizer.pad_token_id
-            self._pad_token_id = 0 if token is None else int(token)
         output = to_dataproto(
             trajectories,
             prompt_length=self.settings.prompt_length,
             response_length=self.settings.response_length,
-            pad_token_id=self._pad_token_id,
+            pad_token_id=self.pad_token_id,
         )
         # The trainer has its own `uid` and refuses another: see `agentloop.verl.advantage`.
         del output.non_tensor_batch["uid"]

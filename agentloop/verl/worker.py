@@ -69,7 +69,7 @@ class RolloutWorker:
         self._running = 0
         """Groups whose trajectories have not all ended."""
         self._journal: Any = None
-        tokenizer, chat_template = _tokenizer(config)
+        tokenizer, chat_template = tokenizer_of(config)
         self.loop = build_loop(
             VerlEngine(llm_client),
             settings,
@@ -219,7 +219,7 @@ def build_loop(
     )
 
 
-def _tokenizer(config: Any) -> tuple[Any, str | None]:
+def tokenizer_of(config: Any) -> tuple[Any, str | None]:
     """verl's own tokenizer of the model, and the chat template that replaces the tokenizer's."""
     from verl.utils.config import omega_conf_to_dataclass
 

@@ -1,0 +1,105 @@
+"""Whole runs of `verl.trainer.main_ppo` through our manager, with a tool that fails for one sibling of every group."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agentloop.verl.launch import make_plan
+from agentloop.verl.process import parse_metrics, run
+from tests.conftest import CHATML
+from tests.verl.assets import make_data, make_model, make_reward, run_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TOOL = '''
+from agentloop.errors import ToolInfraError
+from agentloop.tools import BaseTool, ToolResult
+
+SCHEMA = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {
+    "type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}}}
+
+
+class Planted(BaseTool):
+    """Cannot be created for the second of every four trajectories."""
+
+    made = 0
+
+    def get_openai_tool_schema(self):
+        return SCHEMA
+
+    async def create(self, instance_id=None, **kwargs):
+        Planted.made += 1
+        if Planted.made % 4 == 2:
+            raise ToolInfraError("the planted failure")
+        return await super().create(instance_id, **kwargs)
+
+    async def execute(self, instance_id, parameters, **kwargs):
+        return ToolResult("nothing")
+'''
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    make_data(tmp_path / "data.parquet")
+    make_reward(tmp_path / "reward.py")
+    (make_model(tmp_path / "model") / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "planted.py").write_text(TOOL)
+    (tmp_path / "tools.yaml").write_text("tools:\n  - class_name: planted.Planted\n    config: {type: native}\n")
+    content = run_file(tmp_path)
+    content["agentloop"]["tools"] = str(tmp_path / "tools.yaml")
+    content["verl"]["data"]["max_prompt_length"] = 768
+    return content
+
+
+def train(folder: Path, settings: dict[str, Any], *overrides: str) -> list[dict[str, float]]:
+    """verl's metrics of each step."""
+    path, log = folder / "run.yaml", folder / "verl.log"
+    path.write_text(yaml.safe_dump(settings))
+    plan = make_plan(path, overrides)
+    assert run(plan.command, plan.env, log) == 0, log.read_text()[-4000:]
+    lines = [line for line in log.read_text().splitlines() if "step:" in line and "timing_s/step:" in line]
+    return [parse_metrics(line) for line in lines]
+
+
+def ends(run_dir: Path, step: int) -> Counter[str]:
+    """End reasons in the journal of one training step."""
+    found: Counter[str] = Counter()
+    for path in (run_dir / "train" / f"step_{step:06d}").glob("*.traj.jsonl"):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        found.update(event["end_reason"] for event in events if event["type"] == "traj_end")
+    return found
+
+
+def test_v1_trains_on_the_healthy_siblings_and_resumes_its_journal(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings["verl"]["trainer"] |= {"save_freq": 1, "resume_mode": "auto", "val_before_train": True}
+    first = train(tmp_path, settings, "trainer.total_training_steps=1")
+    again = train(tmp_path, settings, "trainer.total_training_steps=2", "trainer.val_before_train=false")
+    assert [len(first), len(again)] == [1, 1]
+    for step, metrics in enumerate([*first, *again], start=1):
+        assert metrics["agentloop/trajectories"] == 16
+        assert metrics["agentloop/masked"] == metrics["agentloop/end/tool_failure"] == 4
+        assert metrics["agentloop/failed_groups"] == 0
+        assert metrics["training/rollout_probs_diff_max"] < 1e-4
+        assert metrics["actor/grad_norm"] > 0
+        journal = ends(tmp_path / "run", step)
+        assert (sum(journal.values()), journal["tool_failure"]) == (16, 4)
+    assert sorted(path.name for path in (tmp_path / "run" / "starts").iterdir()) == ["g1.json", "g2.json"]
+    assert list((tmp_path / "run" / "train" / "step_000002").glob("w0.g2.traj.jsonl"))
+    assert list((tmp_path / "run" / "val" / "step_000000").glob("w0.g1.traj.jsonl"))
+
+
+def test_the_legacy_trainer_gets_a_row_for_every_trajectory(tmp_path: Path, settings: dict[str, Any]) -> None:
+    steps = train(tmp_path, settings, "trainer.use_v1=false", "actor_rollout_ref.rollout.agent.num_workers=2")
+    assert len(steps) == 2
+    for metrics in steps:
+        assert metrics["timing_s/agentloop/trajectories"] == 16
+        assert metrics["timing_s/agentloop/masked"] == 4
+        assert metrics["actor/grad_norm"] > 0
+        assert all(value == value for value in metrics.values())
+    assert "agentloop_grpo, which keeps masked trajectories out of groups" in (tmp_path / "verl.log").read_text()
