@@ -33,6 +33,6 @@ def train(
         variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan.env.items())
         typer.echo(f"{variables} {shlex.join(plan.command)}")
         return
-    status = run(plan.command, plan.env, plan.run_dir / "train.log", total_steps=plan.total_steps, verbose=verbose)
+    status = run(plan.command, plan.env, plan.run_dir / "verl.log", total_steps=plan.total_steps, verbose=verbose)
     if status != 0:
         raise typer.Exit(status if status > 0 else 128 - status)

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -205,11 +206,10 @@ def _hydra_value(value: Any) -> str:
 
 def _with_prefixes(settings: Mapping[str, _Setting]) -> list[str]:
     """`key=value`, with a `+` where the key is to be added. `ConfigError` for a key that verl does not know."""
-    groups = [f"{key}={setting.value}" for key, setting in settings.items() if "@" in key or key == "model_engine"]
-    known = _container(_compose(groups, "model_engine"))
+    known = _known(*(f"{key}={setting.value}" for key, setting in settings.items() if "@" in key or key == "model_engine"))
     arguments = []
     for key, setting in settings.items():
-        if "@" in key or key in ("model_engine",) or key.startswith("hydra."):
+        if "@" in key or key == "model_engine" or key.startswith("hydra."):
             arguments.append(f"{key}={setting.value}")
             continue
         missing, inside = _lookup(known, key)
@@ -273,6 +273,12 @@ def _compose(arguments: Sequence[str], where: str) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split("\nSee http")[0].split())
         raise ConfigError(f"{where}: verl does not take these settings: {reason}") from error
+
+
+@cache
+def _known(*groups: str) -> dict[str, Any]:
+    """verl's own settings, with the choices of config groups."""
+    return _container(_compose(groups, ", ".join(groups)))
 
 
 def _container(config: Any) -> dict[str, Any]:

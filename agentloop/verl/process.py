@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ TAIL_LINES = 40
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^\((?P<actor>\w+) pid=\d+[^)]*\)\s?")
 _STEP = re.compile(r"^step:(?P<step>\d+) - ")
+_NOISE = re.compile(r"transfer_queue|blocking ray\.get|^(INFO|WARNING|DEBUG):|target_num_threads")
 _STAGES = {
     "Started a local Ray instance": "Ray has started",
     "train and validate dataloader initialized": "data loaded",
@@ -62,7 +64,7 @@ class Screen:
         body = text[prefix.end() :] if prefix else text
         if match := _STEP.match(body):
             self._step(int(match["step"]), body)
-        elif prefix and prefix["actor"].startswith("RolloutActor"):
+        elif prefix and prefix["actor"].endswith("RolloutActor") and not _NOISE.search(body):
             self._show(body)
         else:
             for marker in [marker for marker in self._stages if marker in body]:
@@ -113,16 +115,13 @@ def run(
         start_new_session=True,
     )
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    reader = threading.Thread(target=_read, args=(child, log, screen, verbose), daemon=True)
+    reader.start()
     try:
-        assert child.stdout is not None
-        with log.open("w", encoding="utf-8") as file:
-            for line in child.stdout:
-                file.write(line)
-                file.flush()
-                screen.line(line)
-                if verbose:
-                    print(line, end="", flush=True)
         status = child.wait()
+        # What outlives the command may hold its output open, so it goes before the reader is waited for.
+        _sweep(marker)
+        reader.join()
         if status != 0:
             if not verbose:
                 print("\n".join(screen.tail), file=sys.stderr)
@@ -137,6 +136,18 @@ def run(
         if child.poll() is None:
             _stop(child)
         _sweep(marker)
+        reader.join(TERMINATE_S)
+
+
+def _read(child: subprocess.Popen[str], log: Path, screen: Screen, verbose: bool) -> None:
+    assert child.stdout is not None
+    with log.open("w", encoding="utf-8") as file:
+        for line in child.stdout:
+            file.write(line)
+            file.flush()
+            screen.line(line)
+            if verbose:
+                print(line, end="", flush=True)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> Any:

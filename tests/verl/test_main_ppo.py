@@ -1,0 +1,52 @@
+"""The real `verl.trainer.main_ppo` on the CPU, with the local engine as its rollout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agentloop.verl.launch import make_plan
+from agentloop.verl.process import parse_metrics, run
+from tests.verl.assets import make_data, make_model, make_reward, run_file
+
+VERLS_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"
+
+
+def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
+    """verl's metrics of each step."""
+    make_model(folder / "model")
+    make_data(folder / "data.parquet")
+    make_reward(folder / "reward.py")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run_file(folder)))
+    plan = make_plan(path, overrides)
+    log = folder / "verl.log"
+    status = run(plan.command, plan.env, log)
+    assert status == 0, log.read_text()[-4000:]
+    lines = [line for line in log.read_text().splitlines() if "step:" in line and "timing_s/step:" in line]
+    return [parse_metrics(line) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param([VERLS_LOOP], id="verls-own-loop"),
+        pytest.param(
+            ["actor_rollout_ref.rollout.free_cache_engine=true", "actor_rollout_ref.actor.use_kl_loss=true"],
+            id="sleep-and-wake-with-a-reference-model",
+        ),
+        pytest.param(["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=true"], id="merged-lora"),
+        pytest.param(["trainer.v1.trainer_mode=colocate_async"], id="colocate-async"),
+    ],
+)
+def test_rollout_and_trainer_agree(tmp_path: Path, overrides: list[Any]) -> None:
+    steps = train(tmp_path, *overrides)
+    assert len(steps) == 2
+    for metrics in steps:
+        assert metrics["training/rollout_probs_diff_max"] < 1e-4
+        assert metrics["actor/grad_norm"] > 0
