@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from array import array
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -67,8 +69,6 @@ class LocalEngine(Engine):
         self.stop_token_ids = frozenset(_default_stops(model, tokenizer) if stop_token_ids is None else stop_token_ids)
         _take_over(model, self._new_cache)
         self.max_slots = self._affordable_slots() if max_slots == "auto" else max_slots
-        self._targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self._targets |= {name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()}
         self._batch = Batch(
             model,
             self._new_cache,
@@ -183,21 +183,22 @@ class LocalEngine(Engine):
         its buffers. Running requests go on with the new weights from their next token, on the keys and values that they
         have; these are used no further afterwards. Tied tensors may come under either name or both."""
         self._check_open(asleep=True)
+        targets = self._tensors()
         staged: dict[str, torch.Tensor] = {}
         async for name, tensor in _iterate(weights):
-            target = self._targets.get(name)
+            target = targets.get(name)
             if target is None:
-                raise EngineError(f"the model has no weight '{name}': {nearest(name, self._targets)}")
+                raise EngineError(f"the model has no weight '{name}': {nearest(name, targets)}")
             if target.shape != tensor.shape:
                 raise EngineError(f"the weight '{name}' has shape {[*target.shape]} and was given {[*tensor.shape]}")
             copy = tensor.detach().to(device=target.device, dtype=target.dtype, copy=True)
             staged[name] = copy
             if copy.numel() > 1 << 20:
                 await asyncio.sleep(0)
-        for name, other in self._tied(staged):
+        for name, other in _tied(staged, targets):
             if not torch.equal(staged[name], staged[other]):
                 raise EngineError(f"the weights '{name}' and '{other}' are one tensor in this model and were given two values")
-        await self._ask(lambda: self._batch.set_weights(staged, self._targets, version))
+        await self._ask(lambda: self._batch.set_weights(staged, targets, version))
 
     async def abort_all(self) -> None:
         if self._thread is not None and not self._closed:
@@ -283,9 +284,9 @@ class LocalEngine(Engine):
                         self._signal.wait()
                     commands, self._inbox = self._inbox, []
                 for command in commands:
-                    command()
+                    self._batch.guard(command)
                 if self._batch.busy:
-                    self._batch.step()
+                    self._batch.guard(self._batch.step)
 
     # Small parts
 
@@ -321,7 +322,10 @@ class LocalEngine(Engine):
                 raise EngineError(f"unknown tag '{tag}': {nearest(tag, ('weights', 'kv_cache'))}")
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
-        own = list(ids)
+        try:
+            own = array("q", ids).tolist()
+        except (TypeError, OverflowError) as error:
+            raise EngineError(f"the input is not a sequence of token ids: {error}") from error
         if not own:
             raise EngineError("the input is empty")
         if min(own) < 0 or max(own) >= self._vocabulary:
@@ -329,13 +333,11 @@ class LocalEngine(Engine):
             raise EngineError(f"the input holds the token {bad}; the model knows 0 to {self._vocabulary - 1}")
         return own
 
-    def _tied(self, staged: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
-        """Pairs of staged names that are one tensor in the model."""
-        first: dict[int, str] = {}
-        for name in staged:
-            other = first.setdefault(id(self._targets[name]), name)
-            if other != name:
-                yield other, name
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What `update_weights` may name; tied tensors under each of their names."""
+        tensors = dict(self._model.named_parameters(remove_duplicate=False))
+        saved = self._model.state_dict().keys()
+        return tensors | {name: tensor for name, tensor in self._model.named_buffers() if name in saved}
 
 
 def _post(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], result: T | BaseException) -> None:
@@ -349,7 +351,7 @@ def _post(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], result: T 
         else:
             future.set_result(result)
 
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
         loop.call_soon_threadsafe(settle)
 
 
@@ -362,6 +364,15 @@ async def _iterate(
     else:
         for item in weights:
             yield item
+
+
+def _tied(staged: Iterable[str], targets: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """Pairs of staged names that are one tensor in the model."""
+    first: dict[int, str] = {}
+    for name in staged:
+        other = first.setdefault(id(targets[name]), name)
+        if other != name:
+            yield other, name
 
 
 def _text_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:

@@ -192,10 +192,15 @@ class Batch:
 
     def step(self) -> None:
         """Let requests in, and do one forward: the next token of every running request, and inputs of new ones."""
+        self._admit()
+        self._advance()
+
+    def guard(self, action: Callable[[], None]) -> None:
+        """Run a command or a step; if it fails (out of memory, a broken model) every request learns of it, and the engine
+        lives on with an empty cache."""
         try:
-            self._admit()
-            self._advance()
-        except Exception as error:  # out of memory, a broken model: every request learns of it, the engine lives
+            action()
+        except Exception as error:
             self.fail_all(EngineError(f"the local engine's forward failed: {type(error).__name__}: {error}"))
             self.free_cache()
 

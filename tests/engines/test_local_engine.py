@@ -382,6 +382,12 @@ async def test_broken_weights_fail_requests_and_good_ones_heal(engine: LocalEngi
 # Models
 
 
+async def test_what_is_no_token_is_an_error_of_its_request(engine: LocalEngine) -> None:
+    for ids in ([1.5], ["a"], [1 << 70]):
+        with pytest.raises(EngineError, match="not a sequence of token ids"):
+            await engine.generate(ids, Sampling(1), trajectory_id="a")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("family", [Qwen2ForCausalLM, LlamaForCausalLM])
 async def test_other_decoders(family: Any) -> None:
     config = {Qwen2ForCausalLM: Qwen2Config, LlamaForCausalLM: LlamaConfig}[family](
