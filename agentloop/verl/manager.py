@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from omegaconf import open_dict
-from tensordict import NonTensorData, TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.experimental.agent_loop.agent_loop import AgentLoopManager as VerlAgentLoopManager
 from verl.protocol import DataProto
 from verl.trainer.distillation import is_distillation_enabled
@@ -219,8 +218,7 @@ def rows_of(batch: TensorDict) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in range(len(batch))]
     for name, column in batch.items():
         for place, row in enumerate(rows):
-            if isinstance(column, torch.Tensor):
-                row[name] = column[place]
-            else:
-                row[name] = column.data if isinstance(column, NonTensorData) else column[place].data
+            # One value for all rows, or one each; what a checkpoint gave back is plain.
+            value = column if isinstance(column, NonTensorData) else column[place]
+            row[name] = value.data if isinstance(value, NonTensorData | NonTensorStack) else value
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,3 +222,25 @@ def test_the_legacy_trainers_grpo_leaves_fillers_out() -> None:
     alone, _ = compute_grpo_outcome_advantage(scores[healthy].clone(), mask[healthy], uids[healthy])
     assert torch.equal(found[healthy], alone)
     assert found[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"agentloop.parser": "hermess"}, "did you mean 'hermes'"),
+        ({"agentloop.tools": "no/tools.yaml"}, "no/tools.yaml"),
+        ({"agentloop.renderer": "chatlm"}, "did you mean 'chatml'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_a_worker_starts(
+    tokenizer: Any, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    from agentloop.verl.manager import AgentLoopManager
+
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
+    where = {"actor_rollout_ref.model.path": tmp_path, "agentloop.run_dir": tmp_path / "run"}
+    with pytest.raises(ConfigError) as caught:
+        AgentLoopManager.create(config=verl_config(**where, **overrides), llm_client=None)
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
