@@ -1,7 +1,7 @@
 """How a problem becomes a conversation, and the tokenizer that spells it.
 
-The format is ChatML with Hermes calls, as Qwen3 writes it without thinking: a transcript is a prompt followed by pieces that
-the model writes (trained) and pieces that the template and the calculator add (not trained).
+The format is ChatML with Hermes calls, as Qwen3 writes it without thinking. Prompts and tool answers are rendered by agentloop
+itself, so that what the model is trained on is token for token what it meets in a rollout.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from agentloop.chat import Renderer
 from examples.quickstart.calculator_tool import SCHEMA
+from examples.quickstart.task import Problem
 
 SYSTEM = "Use the calculator, one operation per call. Answer in \\boxed{}."
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TURN = "<|im_end|>"
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 PIECES = r'\{"[^\d\n]*"|"?[\]}]+|\\boxed\{|\d| [-+*] |[()]| ?[A-Za-z]+|\n|.'
 """What byte pairs are merged within: JSON up to its last quote (so a schema and the opening of a call are one token each),
@@ -30,53 +33,53 @@ VOCABULARY = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of a transcript."""
+class Exchange:
+    """One turn of the model, and what it is told if it called the calculator."""
 
-    text: str
-    trained: bool
-    """The model is to write it."""
+    written: str
+    """Without the end-of-turn token."""
+    answer: str | None = None
+    """`None`: nothing follows, the turn is the last one."""
 
 
-def messages(question: str) -> list[dict[str, str]]:
+Transcript = Sequence[Exchange]
+"""What follows the prompt."""
+
+
+def messages(question: str) -> list[dict[str, Any]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
-    """The conversation up to the opening of the model's first turn."""
-    return str(tokenizer.apply_chat_template(messages(question), tools=[SCHEMA], add_generation_prompt=True, tokenize=False))
+def call(expression: str) -> str:
+    """A turn that calls the calculator."""
+    body = json.dumps({"name": "calculator", "arguments": {"expression": expression}})
+    return f"<tool_call>\n{body}\n</tool_call>"
 
 
-def call_turn(expression: str) -> Piece:
-    """A turn that calls the calculator, with its end-of-turn token."""
-    call = json.dumps({"name": "calculator", "arguments": {"expression": expression}})
-    return turn(f"<tool_call>\n{call}\n</tool_call>")
+def final(answer: int) -> str:
+    """A turn that answers."""
+    return f"\\boxed{{{answer}}}"
 
 
-def answer_turn(answer: int) -> Piece:
-    return turn(f"\\boxed{{{answer}}}")
-
-
-def turn(text: str, trained: bool = True) -> Piece:
-    return Piece(f"{text}<|im_end|>", trained)
-
-
-def response(text: str) -> Piece:
-    """A tool's answer and the opening of the next turn."""
-    wrapped = f"<tool_response>\n{text}\n</tool_response>"
-    return Piece(f"\n<|im_start|>user\n{wrapped}<|im_end|>\n<|im_start|>assistant\n", trained=False)
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of every text by itself, control tokens included as such."""
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+def encode(
+    tokenizer: PreTrainedTokenizerFast, renderer: Renderer, problem: Problem, transcript: Transcript
+) -> tuple[list[int], list[int]]:
+    """Ids of the whole conversation, and labels: the same ids where the model writes, -100 elsewhere. Both [length]."""
+    ids = renderer.prompt(messages(problem.question), [SCHEMA])
+    labels = [-100] * len(ids)
+    for exchange in transcript:
+        written = tokenizer.encode(exchange.written + END_OF_TURN, add_special_tokens=False)
+        ids += written
+        labels += written
+        if exchange.answer is not None:
+            for piece in renderer.after_turn(written, [{"role": "tool", "content": exchange.answer}]):
+                ids += piece.ids
+                labels += [-100] * len(piece.ids)
+    return ids, labels
 
 
 def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's control tokens (the tags are added tokens that are not special, as Qwen has them).
-
-    `corpus` is plain text; control tokens are taken out of it, since they never take part in merges.
-    """
+    """A byte-level BPE with Qwen's control tokens (the tags are added tokens that are not special, as Qwen has them)."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -87,22 +90,16 @@ def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator((_without_control_tokens(text) for text in corpus), trainer)
+    core.train_from_iterator(corpus, trainer)
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        eos_token="<|im_end|>",
+        eos_token=END_OF_TURN,
         pad_token="<|endoftext|>",
         chat_template=TEMPLATE.read_text(encoding="utf-8"),
         clean_up_tokenization_spaces=False,
     )
-
-
-def _without_control_tokens(text: str) -> str:
-    for token in SPECIAL + TAGS:
-        text = text.replace(token, "\n")
-    return text
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -3,27 +3,45 @@
 Three parts, on a CPU: a tokenizer from the task's own text; a small Qwen3 that learns the whole skill from right transcripts;
 a short second training on transcripts with bad habits (`demonstrations.HABITS`), which spoils it. What is written is the
 spoiled model: it knows how, and mostly does it wrong. Reinforcement learning then has to find that out from the rewards.
+
+Takes about ten minutes on two cores. Floating-point sums depend on the machine, so a model that is made again behaves like
+the one in the repository without being the same bit by bit; the tokenizer is the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from examples.quickstart.conversation import encode, prompt_text, save_tokenizer, train_tokenizer
-from examples.quickstart.demonstrations import Transcript, solve, spoiled
-from examples.quickstart.task import Problem, problems
+from agentloop.chat import load_renderer
+from examples.quickstart.calculator_tool import REFUSAL, SCHEMA
+from examples.quickstart.conversation import SYSTEM, TAGS, Transcript, encode, save_tokenizer, train_tokenizer
+from examples.quickstart.demonstrations import broken_call, solve, spoiled
+from examples.quickstart.evaluate import MODEL, Report, evaluate, show
+from examples.quickstart.make_data import held_out
+from examples.quickstart.task import Problem, distinct, problems
 
-MODEL = Path(__file__).parent / "model"
-BATCH = 64
+STEPS, BATCH = 900, 64
+SPOIL_STEPS, SPOIL_BATCH = 90, 32
+SKILL = 0.96
+"""Accuracy that the skilled model must have: what is not learnt here, reinforcement learning will not find."""
+SPOILED = (0.4, 0.58)
+"""Range of accuracy that the spoiled model must be in."""
+BAD_SHARE = 0.62
+"""Of the transcripts that a habit applies to. More than half, so that the most likely answer is the bad one; not nearly all,
+so that of eight tries one is good."""
+SHALLOW_SHARE = 0.45
+"""Of the problems with one or two calls that are kept: deeper ones take longer to learn."""
 POOL = 16
 """Batches that are drawn together and sorted by length, so that a batch holds little padding."""
 
@@ -32,18 +50,15 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, both [batch, length]; labels are -100 wherever nothing is trained."""
 
 
-def corpus(seed: int, count: int) -> Iterator[str]:
-    """What the tokenizer learns from: plain problems, transcripts, and the opening of a conversation."""
-    draw = random.Random(seed)
+def corpus(seed: int, count: int = 4000) -> Iterator[str]:
+    """What the tokenizer learns from: the opening of a conversation, questions, calls and what is answered to them. No
+    control tokens: they never take part in merges."""
+    yield "\n".join(["system", SYSTEM, "", "# Tools", json.dumps(SCHEMA), "user", "assistant", ""] * 4)
     for problem in itertools.islice(problems(seed, "train"), count):
-        yield "\n".join([problem.question, *(piece.text for piece in spoiled(problem, draw, share=0.5))])
-
-
-def build_tokenizer(seed: int, count: int = 4000) -> PreTrainedTokenizerFast:
-    """Trained twice over: the first one only renders the prompts that the second one learns from."""
-    first = train_tokenizer(corpus(seed, 1))
-    openings = [prompt_text(first, problem.question) for problem in itertools.islice(problems(seed, "train"), 200)]
-    return train_tokenizer([*openings, *corpus(seed, count)])
+        parts = [problem.question, REFUSAL]
+        for exchange in (*solve(problem), *broken_call(problem)):
+            parts += [exchange.written, exchange.answer or ""]
+        yield "\n".join(re.sub("|".join(TAGS), "", part) for part in parts)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
@@ -66,39 +81,28 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, demonstrate: Demonstrate, seed: int) -> Iterator[Batch]:
-    """Endless batches of demonstrations of train problems."""
-    source = problems(f"pretrain/{seed}", "train")
+def deeper(source: Iterator[Problem], seed: int) -> Iterator[Problem]:
+    """Without some of the shallow problems."""
+    draw = random.Random(seed)
+    return (problem for problem in source if problem.depth > 2 or draw.random() < SHALLOW_SHARE)
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, source: Iterator[Problem], demonstrate: Demonstrate, *, size: int, seed: int
+) -> Iterator[Batch]:
+    """Endless batches of demonstrations of the problems in `source`."""
+    renderer = load_renderer(tokenizer)
     shuffle = random.Random(seed)
     while True:
-        pool = sorted(
-            encode_all(tokenizer, demonstrate, list(itertools.islice(source, BATCH * POOL))), key=lambda row: len(row[0])
-        )
-        chunks = [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)]
+        pool = [encode(tokenizer, renderer, problem, demonstrate(problem)) for problem in itertools.islice(source, size * POOL)]
+        pool.sort(key=lambda row: len(row[0]))
+        chunks = [pool[start : start + size] for start in range(0, len(pool), size)]
         shuffle.shuffle(chunks)
         for chunk in chunks:
             width = max(len(ids) for ids, _ in chunk)
             ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in chunk])
             labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in chunk])
             yield ids, labels
-
-
-def encode_all(
-    tokenizer: PreTrainedTokenizerFast, demonstrate: Demonstrate, chosen: list[Problem]
-) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of one demonstration per problem. Every piece is encoded by itself, as a rollout would have it."""
-    transcripts = [demonstrate(problem) for problem in chosen]
-    prompts = encode(tokenizer, [prompt_text(tokenizer, problem.question) for problem in chosen])
-    pieces = iter(encode(tokenizer, [piece.text for transcript in transcripts for piece in transcript]))
-    rows = []
-    for prompt, transcript in zip(prompts, transcripts, strict=True):
-        ids, labels = list(prompt), [-100] * len(prompt)
-        for piece in transcript:
-            written = next(pieces)
-            ids += written
-            labels += written if piece.trained else [-100] * len(written)
-        rows.append((ids, labels))
-    return rows
 
 
 def train(
@@ -108,12 +112,9 @@ def train(
     steps: int,
     muon_lr: float,
     adam_lr: float,
-    after: Callable[[int], None],
 ) -> None:
-    """`steps` steps with a short warm-up and a linear decay over the last half; `after(step)` runs after each.
-
-    Muon for the matrices and AdamW for the rest: on this model that needs about half the steps of AdamW alone.
-    """
+    """`steps` steps of Muon for the matrices and AdamW for the rest, with a short warm-up and a linear decay over the last
+    half."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -141,7 +142,6 @@ def train(
         if step % 25 == 0:
             print(f"step {step:4d}  loss {total / 25:.4f}  {time.monotonic() - started:.0f} s", flush=True)
             total = 0.0
-        after(step)
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -150,3 +150,65 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     )
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def learn(folder: Path, *, steps: int, seed: int) -> Report:
+    """Train tokenizer and model on right transcripts into `folder`; how good it is at held-out problems."""
+    tokenizer = train_tokenizer(corpus(seed))
+    torch.manual_seed(seed)
+    model = build_model(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
+    source = deeper(problems(f"skill/{seed}", "train"), seed)
+    train(model, batches(tokenizer, source, solve, size=BATCH, seed=seed), steps=steps, muon_lr=0.02, adam_lr=3e-3)
+    save(model, tokenizer, folder)
+    return evaluate(folder, choice())
+
+
+def spoil(folder: Path, target: Path, *, steps: int, seed: int) -> Report:
+    """Train the model in `folder` on transcripts with bad habits into `target`; how good it is now."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
+    draw = random.Random(seed)
+
+    def demonstrate(problem: Problem) -> Transcript:
+        return spoiled(problem, draw, BAD_SHARE)
+
+    source = batches(tokenizer, problems(f"spoil/{seed}", "train"), demonstrate, size=SPOIL_BATCH, seed=seed)
+    train(model, source, steps=steps, muon_lr=0.003, adam_lr=5e-4)
+    save(model, tokenizer, target)
+    return evaluate(target, choice())
+
+
+def choice(count: int = 256) -> list[Problem]:
+    """Held-out problems to judge a model by while it is made: not the ones that the quickstart reports on."""
+    reported = {problem.question for problem in held_out()}
+    return [problem for problem in distinct(2 * count, "choice", "held_out") if problem.question not in reported][:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the quickstart's starting model from nothing.")
+    parser.add_argument("folder", type=Path, nargs="?", default=MODEL, help="where the spoiled model goes")
+    parser.add_argument("--skilled", type=Path, default=Path("runs/pretrain/skilled"), help="where the one before goes")
+    parser.add_argument("--spoil-only", action="store_true", help="start from the skilled model that is there already")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--spoil-steps", type=int, default=SPOIL_STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.spoil_only:
+        skilled = learn(args.skilled, steps=args.steps, seed=args.seed)
+        show(skilled, "skilled")
+        if skilled.accuracy < SKILL:
+            raise SystemExit(f"the skill is only {skilled.accuracy:.3f}, it must be {SKILL}: train for more --steps")
+    weak = spoil(args.skilled, args.folder, steps=args.spoil_steps, seed=args.seed)
+    show(weak, "spoiled")
+    low, high = SPOILED
+    if not low <= weak.accuracy <= high:
+        raise SystemExit(f"the spoiled model's accuracy is {weak.accuracy:.3f}, not {low} to {high}: change --spoil-steps")
+
+
+if __name__ == "__main__":
+    main()

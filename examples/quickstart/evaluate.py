@@ -1,0 +1,183 @@
+"""How good a model is at the task: `python -m examples.quickstart.evaluate MODEL_FOLDER`.
+
+Held-out accuracy, by depth, and what went wrong where it was wrong. The conversations run through agentloop's own loop and
+local engine, with the settings of the training run's validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from agentloop.chat import load_parser, load_renderer
+from agentloop.config import LoopConfig, load_yaml, validate
+from agentloop.engines.base import Sampling
+from agentloop.engines.local import LocalEngine
+from agentloop.loop import AgentLoop
+from agentloop.rewards.function import FunctionReward
+from agentloop.rollout import Rollout
+from agentloop.tools.registry import ToolRegistry
+from agentloop.trajectory import CallStatus, EndReason, Sample, Trajectory
+from examples.quickstart.conversation import messages
+from examples.quickstart.make_data import HELD_OUT_ROWS, held_out
+from examples.quickstart.reward import compute_score
+from examples.quickstart.task import Problem
+
+HERE = Path(__file__).parent
+MODEL = HERE / "model"
+CONFIG = HERE / "quickstart.yaml"
+
+ToolMode = Literal["right", "wrong", "none"]
+TOOLS: dict[ToolMode, Path | None] = {"right": HERE / "tools.yaml", "wrong": HERE / "tools_wrong.yaml", "none": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Figures over all trajectories of an evaluation."""
+
+    trajectories: int
+    accuracy: float
+    any_of_n: float
+    """Share of the problems that one of their siblings solved: pass@n."""
+    by_depth: dict[int, float]
+    failures: dict[str, int]
+    """The wrong ones by `failure_kind`."""
+    mean_turns: float
+    mean_calls: float
+
+
+def failure_kind(problem: Problem, trajectory: Trajectory) -> str | None:
+    """In one word what went wrong first; `None` if the answer is right."""
+    if trajectory.reward is not None and trajectory.reward.value == 1.0:
+        return None
+    records = [record for turn in trajectory.turns for record in turn.calls]
+    if any(turn.parse_errors for turn in trajectory.turns):
+        return "malformed_call"
+    if any(record.status is not CallStatus.OK for record in records):
+        return "refused_call"
+    if trajectory.end_reason is not EndReason.FINAL_ANSWER:
+        return str(trajectory.end_reason)
+    if not records:
+        return "guessed"
+    wanted = Counter(step.expression for step in problem.steps)
+    made = Counter(str(record.call.arguments.get("expression")) for record in records)
+    if made - wanted:
+        return "wrong_call"
+    return "stopped_early" if wanted - made else "wrong_answer"
+
+
+def summarise(problems: Sequence[Problem], groups: Sequence[Sequence[Trajectory]]) -> Report:
+    """The figures of a group of siblings for every problem."""
+    pairs = [(problem, trajectory) for problem, group in zip(problems, groups, strict=True) for trajectory in group]
+    kinds = [failure_kind(problem, trajectory) for problem, trajectory in pairs]
+    right: dict[int, list[bool]] = {}
+    for (problem, _), kind in zip(pairs, kinds, strict=True):
+        right.setdefault(problem.depth, []).append(kind is None)
+    solved = [any(failure_kind(problem, one) is None for one in group) for problem, group in zip(problems, groups, strict=True)]
+    return Report(
+        trajectories=len(pairs),
+        accuracy=kinds.count(None) / len(pairs),
+        any_of_n=sum(solved) / len(solved),
+        by_depth={depth: sum(hits) / len(hits) for depth, hits in sorted(right.items())},
+        failures=dict(Counter(kind for kind in kinds if kind is not None).most_common()),
+        mean_turns=sum(len(trajectory.turns) for _, trajectory in pairs) / len(pairs),
+        mean_calls=sum(len(turn.calls) for _, trajectory in pairs for turn in trajectory.turns) / len(pairs),
+    )
+
+
+def loop_config(path: Path = CONFIG) -> LoopConfig:
+    """The loop's settings in the training run."""
+    run = load_yaml(path)
+    data = run["verl"]["data"]
+    limits = {"max_prompt_tokens": data["max_prompt_length"], "max_response_tokens": data["max_response_length"]}
+    return validate(LoopConfig, {**limits, **run["agentloop"]["loop"]}, f"{path}: agentloop.loop")
+
+
+async def roll_out(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    *,
+    tool: ToolMode = "right",
+    temperature: float = 0.0,
+    n: int = 1,
+    seed: int = 0,
+    threads: int | None = None,
+) -> list[list[Trajectory]]:
+    """`n` trajectories for every problem. `model` belongs to the engine from now on (see `LocalEngine`)."""
+    renderer = load_renderer(tokenizer)
+    path = TOOLS[tool]
+    engine = LocalEngine(model, tokenizer=tokenizer, threads=threads)
+    tools = None if path is None else ToolRegistry.from_yaml(path).bind(renderer)
+    reward, config = FunctionReward(compute_score), loop_config()
+    loop = AgentLoop(engine, renderer, load_parser("hermes", renderer), tools=tools, reward=reward, config=config, seed=seed)
+    samples = [
+        Sample(messages(problem.question), uid=str(index), data_source="quickstart", ground_truth=str(problem.answer))
+        for index, problem in enumerate(problems)
+    ]
+    sampling = Sampling(max_tokens=config.max_response_tokens, temperature=temperature, log_probs=False)
+    try:
+        return await Rollout(loop).run(samples, n, sampling=sampling, validate=True)
+    finally:
+        await engine.close()
+
+
+def evaluate(
+    folder: Path, problems: Sequence[Problem], *, tool: ToolMode = "right", temperature: float = 0.0, n: int = 1, **kwargs: Any
+) -> Report:
+    """Load the model in `folder` and measure it; further arguments are `roll_out`'s."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
+    groups = asyncio.run(roll_out(model, tokenizer, problems, tool=tool, temperature=temperature, n=n, **kwargs))
+    return summarise(problems, groups)
+
+
+def show(report: Report, title: str) -> None:
+    table = Table("figure", "value", title=title, title_justify="left")
+    table.add_row("accuracy", f"{report.accuracy:.3f} of {report.trajectories}")
+    for depth, accuracy in report.by_depth.items():
+        table.add_row(f"  {depth} call{'s' if depth > 1 else ''} needed", f"{accuracy:.3f}")
+    table.add_row("problems solved at least once", f"{report.any_of_n:.3f}")
+    table.add_row("mean turns", f"{report.mean_turns:.2f}")
+    table.add_row("mean calls", f"{report.mean_calls:.2f}")
+    for kind, count in report.failures.items():
+        table.add_row(f"  {kind}", str(count))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure a model on the held-out problems of the quickstart.")
+    parser.add_argument("model", type=Path, nargs="?", default=MODEL)
+    parser.add_argument("--tool", choices=list(TOOLS), default="right", help="the calculator, one that is wrong, or none")
+    parser.add_argument("--problems", type=int, default=HELD_OUT_ROWS)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--n", type=int, default=1, help="trajectories for every problem")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    args = parser.parse_args()
+    report = evaluate(
+        args.model,
+        held_out(args.problems),
+        tool=args.tool,
+        temperature=args.temperature,
+        n=args.n,
+        threads=args.threads,
+    )
+    if args.json:
+        print(json.dumps(asdict(report)))
+    else:
+        show(report, f"{args.model}, tool: {args.tool}")
+
+
+if __name__ == "__main__":
+    main()
