@@ -14,6 +14,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,22 +98,15 @@ def plain_conversations(model: Any, batch: list[list[int]], turns: int) -> None:
         batch = [ids + answer + ids[:OBSERVATION_TOKENS] for ids, answer in zip(batch, answers, strict=True)]
 
 
-async def best(run: Callable[[], Awaitable[None]], repeats: int = 3) -> float:
-    """Seconds of the quickest run, after one to warm up."""
-    await run()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        await run()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-async def best_plain(run: Callable[[], object], repeats: int = 3) -> float:
-    async def once() -> None:
-        run()
-
-    return await best(once, repeats)
+async def best(*runs: Callable[[], Awaitable[None]], repeats: int = 3) -> list[float]:
+    """Seconds of the quickest round of each, after one to warm up; they take turns, so that a busy spell hits all alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for run, seconds in zip(runs, times, strict=True):
+            began = time.perf_counter()
+            await run()
+            seconds.append(time.perf_counter() - began)
+    return [min(seconds[1:]) for seconds in times]
 
 
 async def measure(path: str | None, threads: int) -> tuple[dict[str, Any], list[Aim]]:
@@ -131,10 +125,17 @@ async def measure(path: str | None, threads: int) -> tuple[dict[str, Any], list[
     for count in (1, 16):
         batch = prompts(count, vocabulary)
         tokens = count * NEW_TOKENS
-        ours = tokens / await best(lambda batch=batch: together(engine, batch, NEW_TOKENS))  # type: ignore[misc]
-        theirs = tokens / await best_plain(lambda batch=batch: plain(model, batch, NEW_TOKENS))  # type: ignore[misc]
-        first = await best(lambda batch=batch: together(engine, batch, 1), 5)  # type: ignore[misc]
-        their_first = await best_plain(lambda batch=batch: plain(model, batch, 1), 5)  # type: ignore[misc]
+
+        async def ours_once(new_tokens: int, batch: list[list[int]] = batch) -> None:
+            await together(engine, batch, new_tokens)
+
+        async def theirs_once(new_tokens: int, batch: list[list[int]] = batch) -> None:
+            plain(model, batch, new_tokens)
+
+        ours, theirs = (
+            tokens / seconds for seconds in await best(partial(ours_once, NEW_TOKENS), partial(theirs_once, NEW_TOKENS))
+        )
+        first, their_first = await best(partial(ours_once, 1), partial(theirs_once, 1), repeats=5)
         figures[f"at_{count}"] = {
             "tokens_per_s": round(ours),
             "generate_tokens_per_s": round(theirs),
@@ -150,9 +151,12 @@ async def measure(path: str | None, threads: int) -> tuple[dict[str, Any], list[
     async def multi_turn(conversations: list[list[int]], turns: int, reuse: bool) -> None:
         await asyncio.gather(*(conversation(engine, str(i), ids, turns, reuse=reuse) for i, ids in enumerate(conversations)))
 
-    kept = await best(lambda: multi_turn(batch, TURNS, True))
-    dropped = await best(lambda: multi_turn(batch, TURNS, False))
-    generate = await best_plain(lambda: plain_conversations(model, batch, TURNS))
+    async def plain_turns() -> None:
+        plain_conversations(model, batch, TURNS)
+
+    kept, dropped, generate = await best(
+        partial(multi_turn, batch, TURNS, True), partial(multi_turn, batch, TURNS, False), plain_turns
+    )
     figures["8_turns_at_16"] = {
         "kept_tokens_per_s": round(tokens / kept),
         "dropped_tokens_per_s": round(tokens / dropped),
@@ -162,7 +166,8 @@ async def measure(path: str | None, threads: int) -> tuple[dict[str, Any], list[
     print(f"8 turns, 16 at a time: {figures['8_turns_at_16']}", flush=True)
 
     many = prompts(64, vocabulary)
-    rate = len(many) * 6 * TURN_TOKENS / await best(lambda: multi_turn(many, 6, True))
+    (seconds,) = await best(partial(multi_turn, many, 6, True))
+    rate = len(many) * 6 * TURN_TOKENS / seconds
     figures["6_turns_at_64"] = {"tokens_per_s": round(rate)}
     aims.append(Aim("sampled tokens/s, 64 conversations of 6 turns", round(rate), "at least 3000", rate >= 3000))
     print(f"6 turns, 64 at a time: {figures['6_turns_at_64']}", flush=True)
