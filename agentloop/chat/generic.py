@@ -11,8 +11,10 @@ from agentloop.chat.template import Template, check_messages, clean_tools
 from agentloop.chat.text import Run, TextEncoder
 from agentloop.errors import ConfigError, RendererRefused
 
-MARK = "qzMARKzq"
+MARK = "7310592846"
 """Stands for the end of what the model said; messages cannot contain it, their text is masked."""
+NEXT = "5926481037"
+"""Stands for what a message says that follows."""
 
 
 class GenericRenderer(Renderer):
@@ -34,7 +36,7 @@ class GenericRenderer(Renderer):
         self.one_call = False
         """The template takes one tool call a turn only."""
         self.not_taken: dict[str, str] = {}
-        """Kinds of messages (`tool`, `user`) that the template does not take after a turn, and why."""
+        """Kinds of messages (`tool`) that the template does not take after a turn, and why."""
         self._closings: dict[str, str] = {}
         """By kind of message: the control token that closes a turn before it."""
         self._derive()
@@ -69,8 +71,8 @@ class GenericRenderer(Renderer):
     def after(self, messages: list[Message]) -> tuple[list[Run], str]:
         """What follows a turn of the model, from its closing token on, and how it closes."""
         kind = "tool" if messages and messages[0]["role"] == "tool" else "user"
-        if kind in self.not_taken:
-            raise RendererRefused(self.not_taken[kind])
+        if "tool" in self.not_taken and any(message["role"] == "tool" for message in messages):
+            raise RendererRefused(f"results of tools cannot be appended: {self.not_taken['tool']}")
         closing = self._closings[kind]
 
         def cut(shown: str) -> int:
@@ -111,7 +113,7 @@ class GenericRenderer(Renderer):
     def _derive(self) -> None:
         question = {"role": "user", "content": "q"}
         said = {"role": "assistant", "content": MARK}
-        again = {"role": "user", "content": "qzNEXTzq"}
+        again = {"role": "user", "content": NEXT}
         try:
             shown = self.template.render([question, said, again])
         except ConfigError as error:
@@ -120,7 +122,7 @@ class GenericRenderer(Renderer):
             raise RendererRefused("the chat template leaves out what the model said")
         rest = shown[_after_mark(shown) :]
         hit = self.text.find(rest)
-        if hit is None or hit[0] > rest.find("qzNEXTzq") or rest[: hit[0]].strip():
+        if hit is None or hit[0] > rest.find(NEXT) or rest[: hit[0]].strip():
             raise RendererRefused(
                 f"no control token of the tokenizer closes a turn of the model: the chat template writes {_short(rest)}"
             )
@@ -128,7 +130,7 @@ class GenericRenderer(Renderer):
         self._derive_tools(question, hit[1])
 
     def _derive_tools(self, question: Message, usual: str) -> None:
-        result = {"role": "tool", "content": "qzNEXTzq", "tool_call_id": "call00000", "name": "tool"}
+        result = {"role": "tool", "content": NEXT, "tool_call_id": "call00000", "name": "tool"}
         for self.arguments_as_text, self.calls_as_text in ((False, False), (True, False), (False, True)):
             turn = self.turn([result])
             try:
@@ -144,7 +146,7 @@ class GenericRenderer(Renderer):
             return
         self.not_taken.pop("tool", None)
         closed, rest = alone[_after_mark(alone) :], shown[_after_mark(shown) :]
-        if "qzNEXTzq" not in rest:
+        if NEXT not in rest:
             self.not_taken["tool"] = "the chat template leaves out the results of tools"
             return
         at = closed.rfind(usual)

