@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 from agentloop.chat.base import Message, Piece, Renderer
@@ -149,6 +150,7 @@ class GenericRenderer(Renderer):
         if NEXT not in rest:
             self.not_taken["tool"] = "the chat template leaves out the results of tools"
             return
+        closed = commonprefix([closed, rest])  # noqa: RUF071 - a template may end a conversation otherwise than a turn (Phi)
         at = closed.rfind(usual)
         if at < 0:
             found = self.text.controls_in(closed)
@@ -158,7 +160,7 @@ class GenericRenderer(Renderer):
             else:  # nothing closes a turn but the opening of the next (GLM)
                 at = len(closed.rstrip())
         hit = self.text.find(rest, at)
-        if not rest.startswith(closed[:at]) or hit is None or rest[at : hit[0]].strip():
+        if hit is None or rest[at : hit[0]].strip():
             self.not_taken["tool"] = (
                 f"no control token closes a turn that calls a tool; the chat template writes {_short(rest)}"
             )
