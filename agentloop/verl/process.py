@@ -25,6 +25,7 @@ TAIL_LINES = 40
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^\((?P<actor>\w+) pid=\d+[^)]*\)\s?")
+_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 _STEP = re.compile(r"^step:(?P<step>\d+) - ")
 _NOISE = re.compile(r"transfer_queue|blocking ray\.get|^(INFO|WARNING|DEBUG):|target_num_threads")
 _STAGES = {
@@ -125,7 +126,8 @@ def run(
         if status != 0:
             if not verbose:
                 print("\n".join(screen.tail), file=sys.stderr)
-            print(f"agentloop: verl ended with status {status}; everything it printed is in {log}", file=sys.stderr)
+            reason = next((f": {line}" for line in reversed(screen.tail) if _ERROR.match(line)), "")
+            print(f"agentloop: verl ended with status {status}{reason} (all that it printed: {log})", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         print(f"agentloop: interrupted; stopping verl (its output is in {log})", file=sys.stderr)

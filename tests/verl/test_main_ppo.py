@@ -37,7 +37,11 @@ def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
     [
         pytest.param([VERLS_LOOP], id="verls-own-loop"),
         pytest.param(
-            ["actor_rollout_ref.rollout.free_cache_engine=true", "actor_rollout_ref.actor.use_kl_loss=true"],
+            [
+                "actor_rollout_ref.rollout.free_cache_engine=true",
+                "actor_rollout_ref.actor.use_kl_loss=true",
+                "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
+            ],
             id="sleep-and-wake-with-a-reference-model",
         ),
         pytest.param(["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=true"], id="merged-lora"),
