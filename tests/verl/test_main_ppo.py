@@ -51,6 +51,7 @@ def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
 def test_rollout_and_trainer_agree(tmp_path: Path, overrides: list[Any]) -> None:
     steps = train(tmp_path, *overrides)
     assert len(steps) == 2
+    stale = any("async" in override for override in overrides)  # sampled by weights that are older by a step
     for metrics in steps:
-        assert metrics["training/rollout_probs_diff_max"] < 1e-4
+        assert metrics["training/rollout_probs_diff_max"] < (0.02 if stale else 1e-4)
         assert metrics["actor/grad_norm"] > 0
