@@ -22,7 +22,7 @@ from typing import Any
 from agentloop.chat.base import Message, Parsed, Piece, Renderer, ToolCallParser
 from agentloop.config import LoopConfig
 from agentloop.engines.base import Engine, Generation, Sampling
-from agentloop.errors import EngineError, ToolInfraError
+from agentloop.errors import ConfigError, EngineError, ToolInfraError
 from agentloop.journal.base import NullRecorder, Recorder
 from agentloop.rewards.base import RewardFunction
 from agentloop.tools.session import ToolSession, ToolSessions
@@ -139,6 +139,9 @@ class AgentLoop:
         self.config = config or LoopConfig()
         self.recorder: Recorder = recorder or NullRecorder()
         self.seed = seed
+        not_taken = getattr(renderer, "not_taken", {})
+        if tools is not None and "tool" in not_taken:
+            raise ConfigError(f"tools are configured, and the chat template does not take their answers: {not_taken['tool']}")
 
     async def run(
         self,

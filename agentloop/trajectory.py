@@ -100,7 +100,8 @@ class ToolCall:
     arguments: Any
     """As parsed from JSON: a dict if the model did it right; anything else fails the schema check."""
     id: str = ""
-    """Unique within the trajectory, `t{turn}c{index}`."""
+    """Unique within the trajectory, `t{turn:04d}c{index:03d}`: nine letters and digits, which is what Mistral's templates
+    insist on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,8 @@ async def test_point_08_a_generation_and_a_trajectory_have_deadlines(tokenizer: 
         assert setup.engine.in_flight == 0
     config = LoopConfig(deadlines=Deadlines(trajectory_s=0.05))
     probe = Probe(hangs=True)
-    t = await Setup(tokenizer, [call() + END], probe, config=config).run()
+    slow = ScriptedTurn(text="x", delay_s=60)
+    t = await Setup(tokenizer, [call() + END, slow], probe, config=config).run()
     assert t.end_reason is EndReason.DEADLINE and probe.log[-1] == "release"
 
 
@@ -315,7 +316,7 @@ async def test_point_17_everything_is_told_to_the_recorder_as_it_happens(tokeniz
     assert seen == [
         "start",
         ("turn", 0, 0, True),
-        ("tool", "t0c0", CallStatus.OK),
+        ("tool", "t0000c000", CallStatus.OK),
         ("observation", 0),
         ("turn", 1, 0, True),
         ("end", EndReason.FINAL_ANSWER, 1.0, True),

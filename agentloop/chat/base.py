@@ -74,4 +74,4 @@ class ToolCallParser(ABC):
     @abstractmethod
     def parse(self, ids: Sequence[int], *, turn: int = 0, in_reasoning: bool = False) -> Parsed:
         """`in_reasoning`: the turn begins inside a reasoning block (`Renderer.opens_reasoning`). Calls inside reasoning
-        are never returned. Call ids are `t{turn}c{index}`. Never raises for anything that a model may write."""
+        are never returned. Call ids are `t{turn:04d}c{index:03d}`. Never raises for anything that a model may write."""

@@ -65,7 +65,7 @@ class GenericRenderer(Renderer):
         return self.text.encode_text(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.text.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self.text.decode(ids)
 
     # -- glue ---------------------------------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ def parse_text(text: str, *, turn: int = 0, in_reasoning: bool = False) -> Parse
             broken = False
             call, at = _call(text, match.end())
             if isinstance(call, ToolCall):
-                calls.append(ToolCall(call.name, call.arguments, f"t{turn}c{len(calls)}"))
+                calls.append(ToolCall(call.name, call.arguments, f"t{turn:04d}c{len(calls):03d}"))
             else:
                 errors.append(f"The tool call could not be read: {call}. Write it like this:\n{FORM}")
                 broken = at == match.end()

@@ -123,6 +123,10 @@ class TextEncoder:
         """Ids of text that stands alone; no control tokens."""
         return list(self._encode(clean(text), False).ids) if text else []
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text with control tokens visible."""
+        return str(self.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False))
+
     def ids(self, runs: Iterable[Run], *, first: bool = True) -> list[int]:
         """Ids of `runs`. `first`: they are the beginning of the stream."""
         ids: list[int] = []
@@ -152,12 +156,13 @@ class TextEncoder:
                 add(Origin.TEMPLATE, self._glue(text, False))
             elif text:
                 encoding = self._encode(text, False)
+                ids = encoding.ids
                 at = 0
-                for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                    while at < len(spans) and spans[at][1] <= start:
-                        at += 1
-                    inside = at < len(spans) and spans[at][0] < end
-                    add(Origin.OBSERVATION if inside else Origin.TEMPLATE, (id_,))
+                for first, last in _token_spans(encoding, spans, len(text)):
+                    add(Origin.TEMPLATE, ids[at:first])
+                    add(Origin.OBSERVATION, ids[max(at, first) : last])
+                    at = max(at, last)
+                add(Origin.TEMPLATE, ids[at:])
             if control is not None:
                 add(Origin.TEMPLATE, (control.id,))
         return pieces
@@ -179,6 +184,21 @@ class TextEncoder:
                 at = hit[0] + len(hit[1])
             parts.append(Run(run.text[at:], False))
         yield (*_unit(parts, before, None), None)
+
+
+def _token_spans(encoding: Any, spans: Sequence[tuple[int, int]], length: int) -> Iterable[tuple[int, int]]:
+    """The tokens that touch each span of characters: `(first, one past the last)`."""
+    for start, end in spans:
+        first = encoding.char_to_token(start)
+        after = encoding.char_to_token(end) if end < length else len(encoding.ids)
+        if first is None or after is None:  # a character without a token of its own
+            touching = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > start]
+            if touching:
+                yield touching[0], touching[-1] + 1
+            continue
+        if end < length and encoding.token_to_chars(after)[0] < end:
+            after += 1
+        yield first, after
 
 
 def _unit(parts: list[Run], before: Control | None, after: Control | None) -> tuple[str, list[tuple[int, int]]]:

@@ -25,7 +25,7 @@ def test_reads_reasoning_content_and_several_calls() -> None:
     text = f"<think>\nhm\n</think>\n\nI add.\n{call('add', {'a': 1})}\n{call('sub', {'b': [2, None]})}<|im_end|>"
     parsed = HermesParser(tok).parse(tok(text)["input_ids"], turn=3)
     assert (parsed.content, parsed.reasoning, parsed.errors) == ("I add.", "hm", [])
-    assert parsed.calls == [ToolCall("add", {"a": 1}, "t3c0"), ToolCall("sub", {"b": [2, None]}, "t3c1")]
+    assert parsed.calls == [ToolCall("add", {"a": 1}, "t0003c000"), ToolCall("sub", {"b": [2, None]}, "t0003c001")]
 
 
 def test_tags_spelled_with_ordinary_tokens_count() -> None:
@@ -33,7 +33,7 @@ def test_tags_spelled_with_ordinary_tokens_count() -> None:
     renderer = load_renderer(tok, chat_template=QWEN_LIKE)
     ids = renderer.encode_text(call("add", {"a": 1}))
     assert tok.convert_tokens_to_ids("<tool_call>") not in ids
-    assert load_parser("hermes", renderer).parse(ids).calls == [ToolCall("add", {"a": 1}, "t0c0")]
+    assert load_parser("hermes", renderer).parse(ids).calls == [ToolCall("add", {"a": 1}, "t0000c000")]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_malformed_call_says_what_is_wrong_and_how_it_is_right(body: str, says
 
 def test_a_good_call_beside_a_malformed_one() -> None:
     parsed = parse_text(f'<tool_call>{{"name": "f"\n{call("g")}<tool_call>oops</tool_call>{call("h")} end')
-    assert [(c.name, c.id) for c in parsed.calls] == [("g", "t0c0"), ("h", "t0c1")]
+    assert [(c.name, c.id) for c in parsed.calls] == [("g", "t0000c000"), ("h", "t0000c001")]
     assert len(parsed.errors) == 2
     assert parsed.content == " end"
 
@@ -131,7 +131,7 @@ PARTS = [
 def test_never_raises_and_never_ends_in_silence(parts: list[str], inside: bool) -> None:
     text = "".join(parts)
     parsed = parse_text(text, in_reasoning=inside)
-    assert [c.id for c in parsed.calls] == [f"t0c{i}" for i in range(len(parsed.calls))]
+    assert [c.id for c in parsed.calls] == [f"t0000c{i:03d}" for i in range(len(parsed.calls))]
     if not inside and "think>" not in text and "tool_call>" in text and ("<tool_call>" in text or "</tool_call>" in text):
         assert parsed.calls or parsed.errors
 
