@@ -35,6 +35,7 @@ SHOWN_LOG_LINES = 40
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the quickstart's model and show the result.")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="what `agentloop train` is given")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model's updates and every request")
     parser.add_argument("overrides", nargs="*", help="key=value, verl's or agentloop's, as for `agentloop train`")
@@ -47,7 +48,7 @@ def main() -> int:
         console.print(f"The run that was in {run_dir} is now in {older}.")
     train_file, val_file = make_data.write(run_dir / "data", seed=args.seed + 1)
     console.print(f"Data: {train_file} and {val_file}; no problem is in both.")
-    watch = train(run_dir, args.seed, train_file, val_file, args.overrides, console)
+    watch = train(args.config, run_dir, args.seed, train_file, val_file, args.overrides, console)
     if watch.exit_code != 0:
         tail = watch.log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
         console.print("\n".join(tail), markup=False, highlight=False)
@@ -102,10 +103,12 @@ class Watch:
             self.peak_rss_bytes = max(self.peak_rss_bytes, total)
 
 
-def train(run_dir: Path, seed: int, train_file: Path, val_file: Path, overrides: Sequence[str], console: Console) -> Watch:
+def train(
+    config: Path, run_dir: Path, seed: int, train_file: Path, val_file: Path, overrides: Sequence[str], console: Console
+) -> Watch:
     """Run `agentloop train` to its end, showing one line a step; its own output goes to a file."""
     command = [
-        *(sys.executable, "-m", "agentloop.cli", "train", str(CONFIG)),
+        *(sys.executable, "-m", "agentloop.cli", "train", str(config)),
         *(f"agentloop.run_dir={run_dir}", f"agentloop.seed={seed}", f"data.seed={seed}"),
         *(f"data.train_files={train_file}", f"data.val_files={val_file}"),
         f"trainer.default_local_dir={run_dir / 'checkpoints'}",
