@@ -246,4 +246,5 @@ class LocalServerActor(LocalServer):
         from agentloop.engines.local import LocalEngine
 
         engine = LocalEngine.load(model_path, device=device, dtype=dtype, max_slots=max_slots, max_len=max_len, threads=threads)
-        super().__init__(engine, eos=sorted(engine.stop_token_ids), max_len=max_len, **rest)
+        eos, engine.stop_token_ids = sorted(engine.stop_token_ids), frozenset()  # a request's `ignore_eos` must mean it
+        super().__init__(engine, eos=eos, max_len=max_len, **rest)

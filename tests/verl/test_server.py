@@ -26,7 +26,7 @@ async def server() -> AsyncIterator[LocalServer]:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, eos_token_id=EOS,
     )  # fmt: skip
-    engine = LocalEngine(Qwen3ForCausalLM(config), max_slots=4, max_len=4000)
+    engine = LocalEngine(Qwen3ForCausalLM(config), max_slots=4, max_len=4000, stop_token_ids=())
     yield LocalServer(engine, eos=[EOS], prompt_length=2000, response_length=2000, max_len=4000)
     await engine.close()
 
@@ -127,6 +127,15 @@ def test_weights_survive_the_bucket(dtype: torch.dtype) -> None:
     for name, tensor in bucket.tensors():
         assert tensor.dtype == dtype
         assert torch.equal(tensor, tensors[name])
+
+
+async def test_the_models_own_end_token_ends_an_answer_unless_it_is_ignored(server: LocalServer) -> None:
+    ended = await server.generate("r0", [1, 2], params(max_tokens=1500, seed=1))
+    assert ended.stop_reason == "completed"
+    assert ended.token_ids[-1] == EOS
+    ignored = await server.generate("r1", [1, 2], params(max_tokens=len(ended.token_ids) + 1, seed=1, ignore_eos=True))
+    assert ignored.stop_reason == "length"
+    assert ignored.token_ids[:-1] == ended.token_ids
 
 
 async def test_images_and_unknown_parameters_are_refused(server: LocalServer) -> None:
