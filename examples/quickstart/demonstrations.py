@@ -61,10 +61,11 @@ def broken_call(problem: Problem) -> Transcript:
 Habit = Callable[[Problem], Transcript]
 HABITS: dict[str, tuple[Habit, int]] = {
     "compute": (stop_early, 2),
-    "find": (wrong_operator, 2),
+    "find": (guess, 2),
     "work_out": (two_operations, 3),
     "shop": (guess, 1),
     "rows": (guess, 1),
+    "voucher": (wrong_operator, 1),
     "finds": (broken_call, 1),
     "sells": (broken_call, 1),
     "gives": (broken_call, 1),

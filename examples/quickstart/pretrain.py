@@ -32,12 +32,12 @@ from examples.quickstart.make_data import held_out
 from examples.quickstart.task import Problem, distinct, problems
 
 STEPS, BATCH = 900, 64
-SPOIL_STEPS, SPOIL_BATCH = 90, 32
+SPOIL_STEPS, SPOIL_BATCH = 300, 32
 SKILL = 0.96
 """Accuracy that the skilled model must have: what is not learnt here, reinforcement learning will not find."""
 SPOILED = (0.4, 0.58)
 """Range of accuracy that the spoiled model must be in."""
-BAD_SHARE = 0.62
+BAD_SHARE = 0.66
 """Of the transcripts that a habit applies to. More than half, so that the most likely answer is the bad one; not nearly all,
 so that of eight tries one is good."""
 SHALLOW_SHARE = 0.45
@@ -176,7 +176,7 @@ def spoil(folder: Path, target: Path, *, steps: int, seed: int) -> Report:
         return spoiled(problem, draw, BAD_SHARE)
 
     source = batches(tokenizer, problems(f"spoil/{seed}", "train"), demonstrate, size=SPOIL_BATCH, seed=seed)
-    train(model, source, steps=steps, muon_lr=0.003, adam_lr=5e-4)
+    train(model, source, steps=steps, muon_lr=0.004, adam_lr=1e-3)
     save(model, tokenizer, target)
     return evaluate(target, choice())
 

@@ -21,7 +21,8 @@ def evaluate(expression: str) -> int:
         if isinstance(node, ast.BinOp):
             return int(OPERATORS[type(node.op)](walk(node.left), walk(node.right)))
         assert isinstance(node, ast.Constant)
-        return int(node.value)
+        assert isinstance(node.value, int)
+        return node.value
 
     return walk(ast.parse(expression, mode="eval").body)
 
