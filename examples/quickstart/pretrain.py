@@ -4,7 +4,7 @@ Three parts, on a CPU: a tokenizer from the task's own text; a small Qwen3 that 
 a short second training on transcripts with bad habits (`demonstrations.HABITS`), which spoils it. What is written is the
 spoiled model: it knows how, and mostly does it wrong. Reinforcement learning then has to find that out from the rewards.
 
-Takes about ten minutes on two cores. Floating-point sums depend on the machine, so a model that is made again behaves like
+A step of the first training takes about 0.6 s on two idle cores. Floating-point sums depend on the machine, so a model that is made again behaves like
 the one in the repository without being the same bit by bit; the tokenizer is the same.
 """
 
@@ -33,7 +33,7 @@ from examples.quickstart.task import Problem, distinct, problems
 
 STEPS, BATCH = 900, 64
 SPOIL_STEPS, SPOIL_BATCH = 300, 32
-SKILL = 0.96
+SKILL = 0.95
 """Accuracy that the skilled model must have: what is not learnt here, reinforcement learning will not find."""
 SPOILED = (0.4, 0.58)
 """Range of accuracy that the spoiled model must be in."""
