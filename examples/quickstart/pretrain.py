@@ -4,8 +4,8 @@ Three parts, on a CPU: a tokenizer from the task's own text; a small Qwen3 that 
 a short second training on transcripts with bad habits (`demonstrations.HABITS`), which spoils it. What is written is the
 spoiled model: it knows how, and mostly does it wrong. Reinforcement learning then has to find that out from the rewards.
 
-A step of the first training takes about 0.6 s on two idle cores. Floating-point sums depend on the machine, so a model that is made again behaves like
-the one in the repository without being the same bit by bit; the tokenizer is the same.
+A step of the first training takes about 0.6 s on two idle cores. Floating-point sums depend on the machine, so a model that is
+made again is not the same bit by bit; the tokenizer is.
 """
 
 from __future__ import annotations
