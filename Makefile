@@ -5,6 +5,7 @@ else
 VENV := $(CURDIR)/.venv
 endif
 PYTHON ?= python3.11
+SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.agentloop-installed
 
@@ -20,7 +21,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	touch $(STAMP)
 
 quickstart: install
-	$(BIN)/python -m examples.quickstart.run
+	$(BIN)/python -m examples.quickstart.run --seed $(SEED) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
