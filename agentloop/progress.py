@@ -81,7 +81,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        self._console.print(self.line(), markup=False)
+        self._console.print(self.line(), markup=False, soft_wrap=True)
 
     def line(self) -> str:
         """All counts in one plain line."""
@@ -109,7 +109,7 @@ class Progress:
         if self._live is not None:
             self._live.update(self._table())
         else:
-            self._console.print(self.line(), markup=False)
+            self._console.print(self.line(), markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
         seconds = max(monotonic() - self._since, 1e-6)

@@ -183,7 +183,8 @@ def main() -> None:
         times, rate = side(tokenizer, turns, answer)
         figures[name] = {
             "host_us_at_turn": {
-                str(turn): round(statistics.median(row[i] for row in times for i in around(turn, len(row))), 1) for turn in SHOWN
+                str(turn): round(statistics.median(row[i] for row in times for i in around(turn, len(row))), 1)
+                for turn in SHOWN
             },
             "trajectories_per_s": round(rate, 3),
         }

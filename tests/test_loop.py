@@ -439,7 +439,7 @@ async def test_cancelling_releases_everything(tokenizer: Any) -> None:
     setup = Setup(tokenizer, [call() + END, ScriptedTurn(text="x", delay_s=60)], probe, recorder=Recorder())
     rollout = Rollout(setup.loop)
     group = asyncio.create_task(rollout.group(SAMPLE, 4))
-    while setup.engine.in_flight < 4:
+    while setup.engine.in_flight < 4:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert await rollout.cancel() == 4
     with pytest.raises(asyncio.CancelledError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -24,13 +25,15 @@ from agentloop.journal.reader import Run
 from agentloop.journal.stats import StepSummary, summarise
 from agentloop.trajectory import Trajectory
 from examples.quickstart import make_data
-from examples.quickstart.evaluate import Report
+from examples.quickstart.evaluate import MODEL, Report, ToolMode, evaluate
 from examples.quickstart.evaluate import summarise as judge
 from examples.quickstart.task import Problem
 
 CONFIG = Path(__file__).parent / "quickstart.yaml"
 POLL_S = 1.0
 SHOWN_LOG_LINES = 40
+CONTROL_PROBLEMS = 128
+"""Held-out problems on which the models are tried without the tool and with one that answers wrongly."""
 
 
 def main() -> int:
@@ -38,6 +41,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=CONFIG, help="what `agentloop train` is given")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model's updates and every request")
+    parser.add_argument("--no-controls", action="store_true", help="skip the evaluations without the tool and with a wrong one")
     parser.add_argument("overrides", nargs="*", help="key=value, verl's or agentloop's, as for `agentloop train`")
     args = parser.parse_args()
     console = Console()
@@ -51,10 +55,13 @@ def main() -> int:
     watch = train(args.config, run_dir, args.seed, train_file, val_file, args.overrides, console)
     if watch.exit_code != 0:
         tail = watch.log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
-        console.print("\n".join(tail), markup=False, highlight=False)
+        console.print("\n".join(tail), markup=False, highlight=False, soft_wrap=True)
         console.print(f"Training failed with exit status {watch.exit_code}; all of its output is in {watch.log}.")
         return watch.exit_code
     summary = result(run_dir, args.seed, watch)
+    if not args.no_controls:
+        console.print("Checking that the model cannot do without the tool …")
+        summary.update(controls(run_dir))
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     picture = draw(Run(run_dir), summary, run_dir / "reward.png")
     show(summary, console)
@@ -65,7 +72,7 @@ def main() -> int:
         f"agentloop stats {run_dir}",
         f"tensorboard --logdir {run_dir / 'tensorboard'}",
     ):
-        console.print(f"  {command}", markup=False, highlight=False)
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -115,10 +122,11 @@ def train(
         *overrides,
     ]
     watch = Watch(log=run_dir / "train.log", started=time.time())
-    console.print("Training: " + " ".join(command[1:]), markup=False, highlight=False)
+    console.print("Training: " + " ".join(command[1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Its output goes to {watch.log}. verl starts up first; that takes about a minute.")
     with watch.log.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        env = os.environ | {"TENSORBOARD_DIR": str((run_dir / "tensorboard").absolute())}  # verl's name for it
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         memory = threading.Thread(target=watch.sample_memory, args=(process.pid,), daemon=True)
         memory.start()
         shown: set[tuple[str, int]] = set()
@@ -156,7 +164,12 @@ def report_steps(run_dir: Path, shown: set[tuple[str, int]], console: Console, *
         parts += [f"{step.tool_calls} tool calls ({failures} failed)", f"{step.sampled_tokens} sampled tokens"]
         unfinished = {kind: n for kind, n in step.end_reasons.items() if kind != "final_answer"}
         parts += [f"{kind} {n}" for kind, n in sorted(unfinished.items())]
-        console.print(f"{step.place.partition:5} step {step.place.step:3}: " + ", ".join(parts), markup=False, highlight=False)
+        console.print(
+            f"{step.place.partition:5} step {step.place.step:3}: " + ", ".join(parts),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -205,6 +218,23 @@ def result(run_dir: Path, seed: int, watch: Watch) -> dict[str, Any]:
     }
 
 
+def controls(run_dir: Path) -> dict[str, float]:
+    """Greedy held-out accuracy without the tool and with a tool that answers wrongly, before and after.
+
+    "After" is the last checkpoint of the run; without one only "before" is there.
+    """
+    weights = (run_dir / "checkpoints").glob("global_step_*/actor/huggingface/model.safetensors")
+    trained = sorted(weights, key=lambda path: int(path.parents[2].name.rpartition("_")[2]))
+    modes: dict[str, ToolMode] = {"without_tool": "none", "wrong_tool": "wrong"}
+    models = {"before": MODEL} | ({"after": trained[-1].parent} if trained else {})
+    problems = make_data.held_out(CONTROL_PROBLEMS)
+    return {
+        f"accuracy_{name}_{when}": evaluate(folder, problems, tool=mode, threads=2).accuracy
+        for when, folder in models.items()
+        for name, mode in modes.items()
+    }
+
+
 def mean_turns(steps: Sequence[StepSummary]) -> float:
     turns = [count for step in steps for count in step.turns]
     return sum(turns) / len(turns)
@@ -225,6 +255,10 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for depth, accuracy in summary["by_depth_before"].items():
         label = f"  {depth} call{'s' if depth > 1 else ''} needed"
         table.add_row(label, f"{accuracy:.3f}", f"{summary['by_depth_after'][depth]:.3f}")
+    for key, label in (("without_tool", "without the tool"), ("wrong_tool", "with a tool that is wrong")):
+        if f"accuracy_{key}_before" in summary:
+            figures = [summary.get(f"accuracy_{key}_{when}") for when in ("before", "after")]
+            table.add_row(label, *("-" if figure is None else f"{figure:.3f}" for figure in figures))
     for kind in sorted({*summary["failures_before"], *summary["failures_after"]}):
         row = [str(summary[f"failures_{when}"].get(kind, 0)) for when in ("before", "after")]
         table.add_row(f"  failed: {kind}", *row)
@@ -241,7 +275,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         f"peak memory {summary['peak_rss_gib']:.1f} GiB",
     ]
     for fact in facts:
-        console.print(fact, markup=False, highlight=False)
+        console.print(fact, markup=False, highlight=False, soft_wrap=True)
 
 
 def draw(run: Run, summary: dict[str, Any], path: Path) -> Path:
