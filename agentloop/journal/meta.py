@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agentloop import __version__
 from agentloop.errors import ConfigError
 from agentloop.journal.format import FORMAT, PARTITIONS, VERSION, dump_line, load_line, parse_file_name
 
@@ -86,7 +87,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of what is installed of `PACKAGES`."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "agentloop": __version__}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
