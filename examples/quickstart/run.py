@@ -295,7 +295,7 @@ def draw(run: Run, summary: dict[str, Any], path: Path) -> Path:
     axes.plot(ends, accuracies, "o", color="#D55E00", label="held-out accuracy (greedy)")
     for x, y in zip(ends, accuracies, strict=True):
         axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center", color="#D55E00")
-    axes.set(xlabel="GRPO step", ylim=(0, 1.03), title="quickstart: a 0.85 M-parameter model learns to use a calculator")
+    axes.set(xlabel="GRPO step", ylim=(0, 1.03), title="quickstart: a model of 0.88 M parameters learns to use a calculator")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()
