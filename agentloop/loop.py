@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from time import perf_counter
 from typing import Any
@@ -25,7 +27,9 @@ from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import ConfigError, EngineError, ToolInfraError
 from agentloop.journal.base import NullRecorder, Recorder
 from agentloop.rewards.base import RewardFunction
+from agentloop.tools.cut import cut_to_tokens
 from agentloop.tools.session import ToolSession, ToolSessions
+from agentloop.tools.threads import run_blocking
 from agentloop.trajectory import (
     CallRecord,
     CallStatus,
@@ -58,6 +62,12 @@ _MODELS_OWN = (CallStatus.OK, CallStatus.INVALID_ARGUMENTS, CallStatus.UNKNOWN_T
 
 _IDLE_ABORTS = 3
 """An engine that aborts this often in a row without a new token has failed."""
+
+_SHORTEST = 32
+"""Tokens below which no tool answer is cut to make room."""
+
+_LONG_TEXT = 50_000
+"""Characters from which a text is tokenised outside of the event loop."""
 
 
 def transition(trajectory: Trajectory, state: State) -> None:
@@ -196,7 +206,7 @@ class AgentLoop:
                 trajectory.end_reason, trajectory.error = EndReason.TOOL_FAILURE, again.error
                 if trajectory.attempt < config.max_resamples:
                     resample = again
-            await self._finish(run)
+            await self._finish(run, discard=resample is not None)
         except asyncio.CancelledError:
             self._abandon(trajectory, EndReason.ABORTED, State.ABORTED, "cancelled")
             raise
@@ -204,11 +214,12 @@ class AgentLoop:
             self._abandon(trajectory, None, State.FAILED, f"{type(error).__name__}: {error}")
             raise
         finally:
-            if run is not None:
-                await self._release(run)
+            cancelled = run is not None and await self._release(run)
             trajectory.total_s = perf_counter() - started
             if len(trajectory):
                 self.recorder.trajectory_end(trajectory)
+            if cancelled:
+                raise asyncio.CancelledError
         if resample is not None:
             raise resample
 
@@ -221,16 +232,27 @@ class AgentLoop:
         if TRANSITIONS[trajectory.state]:
             transition(trajectory, state)
 
-    async def _release(self, run: _Run) -> None:
-        """Give back what the trajectory held. Each part has its own guard; nothing here can change the outcome."""
+    async def _release(self, run: _Run) -> bool:
+        """Give back what the trajectory held, to the end even if the trajectory is cancelled meanwhile; whether it was."""
+        releasing = asyncio.create_task(self._give_back(run))
+        cancelled = False
+        while not releasing.done():
+            try:
+                await asyncio.wait({releasing})
+            except asyncio.CancelledError:
+                cancelled = True
+        return cancelled
+
+    async def _give_back(self, run: _Run) -> None:
+        """Each part has its own guard; nothing here can change the outcome."""
         limit = self.config.deadlines.release_s
-        parts = [("engine", self.engine.release(run.key))]
+        parts: list[tuple[str, Callable[[], Awaitable[None]]]] = [("engine", partial(self.engine.release, run.key))]
         if run.session is not None:
-            parts.insert(0, ("tools", run.session.close()))
+            parts.insert(0, ("tools", run.session.close))
         for name, release in parts:
             try:
                 async with asyncio.timeout(limit):
-                    await release
+                    await release()
             except TimeoutError:
                 logger.error("trajectory %s: releasing its %s took longer than %g s", run.key, name, limit)
             except Exception:
@@ -259,7 +281,7 @@ class AgentLoop:
             calls = self._what_next(run, turn, parsed)
             transition(trajectory, State.CALLING_TOOLS)
             messages = await self._call_tools(run, turn, calls, parsed.errors)
-            self._append_observation(run, turn, sampled, messages)
+            await self._append_observation(run, turn, sampled, messages)
             if len(trajectory.turns) >= config.max_turns:
                 raise _End(EndReason.TURN_LIMIT)
 
@@ -284,6 +306,7 @@ class AgentLoop:
         if errors:
             run.parse_failures += 1
             if config.on_parse_failure == "end" or run.parse_failures >= config.max_parse_failures:
+                self._not_run(run, turn, calls, "not run: the trajectory ended with a malformed call")
                 raise _End(EndReason.PARSE_FAILURE, errors[0])
         if config.final_turn_without_tools and turn.index + 1 >= config.max_turns:
             self._not_run(run, turn, calls, "not run: this was the final turn")
@@ -309,9 +332,11 @@ class AgentLoop:
         clock = asyncio.get_running_loop()
         limit = min(run.deadline, clock.time() + config.deadlines.generate_s)
         try:
-            async with asyncio.timeout_at(limit):
+            async with asyncio.timeout_at(limit) as timeout:
                 answer = await self._ask(trajectory.input_ids, sampling, run.key)
-        except TimeoutError:
+        except TimeoutError as error:
+            if not timeout.expired():  # the engine's own
+                raise _End(EndReason.ENGINE_FAILURE, f"the engine timed out: {error}") from error
             what = "trajectory's deadline" if limit == run.deadline else "deadline of one generation"
             raise _End(EndReason.DEADLINE, f"the {what} passed in turn {index}") from None
         except EngineError as error:
@@ -369,14 +394,16 @@ class AgentLoop:
         clock = asyncio.get_running_loop()
         deadline = min(run.deadline, clock.time() + config.deadlines.tools_s)
         now, late = calls[: config.max_parallel_calls], calls[config.max_parallel_calls :]
-        if len(now) == 1:
-            await self._call(run, turn, now[0], deadline)
-        elif now:
-            await self._call_many(run, turn, now, deadline)
-        self._not_run(run, turn, late, f"not run: limit of {config.max_parallel_calls} calls a turn")
-        order = {call.id: place for place, call in enumerate(calls)}
-        turn.calls.sort(key=lambda record: order[record.call.id])
-        turn.tools_s = perf_counter() - started
+        try:
+            if len(now) == 1:
+                await self._call(run, turn, now[0], deadline)
+            elif now:
+                await self._call_many(run, turn, now, deadline)
+            self._not_run(run, turn, late, f"not run: limit of {config.max_parallel_calls} calls a turn")
+        finally:
+            order = {call.id: place for place, call in enumerate(calls)}
+            turn.calls.sort(key=lambda record: order[record.call.id])
+            turn.tools_s = perf_counter() - started
         if clock.time() >= run.deadline:
             raise _End(EndReason.DEADLINE, f"the trajectory's deadline passed in the tool calls of turn {turn.index}")
         for record in turn.calls:
@@ -386,14 +413,15 @@ class AgentLoop:
             for record in turn.calls
         ]
         messages += [{"role": "tool", "content": f"Error: {error}"} for error in errors]
-        if config.final_turn_without_tools and len(run.trajectory.turns) == config.max_turns - 1:
-            messages[-1]["content"] += f"\n{config.final_turn_note}"
         return messages
 
     async def _call_many(self, run: _Run, turn: Turn, calls: Sequence[ToolCall], deadline: float) -> None:
-        async with asyncio.TaskGroup() as group:
-            for call in calls:
-                group.create_task(self._call(run, turn, call, deadline))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for call in calls:
+                    group.create_task(self._call(run, turn, call, deadline))
+        except BaseExceptionGroup as bugs:  # as it is with one call
+            raise bugs.exceptions[0] from bugs
 
     async def _call(self, run: _Run, turn: Turn, call: ToolCall, deadline: float) -> None:
         """Run one call. The session keeps the deadline; one that does not is cancelled here."""
@@ -407,6 +435,11 @@ class AgentLoop:
             except TimeoutError:
                 spent = perf_counter() - started
                 record = CallRecord(call, CallStatus.TIMEOUT, f"Error: no answer within {spent:.1f} s.", run_s=spent)
+            except asyncio.CancelledError:
+                record = CallRecord(call, CallStatus.CANCELLED, "cancelled", run_s=perf_counter() - started)
+                turn.calls.append(record)
+                self.recorder.tool(run.trajectory, turn, record)
+                raise
         turn.calls.append(record)
         self.recorder.tool(run.trajectory, turn, record)
 
@@ -429,70 +462,74 @@ class AgentLoop:
 
     # -- what the model is told -------------------------------------------------------------------------------------
 
-    def _append_observation(self, run: _Run, turn: Turn, sampled: list[int], messages: list[Message]) -> None:
+    async def _append_observation(self, run: _Run, turn: Turn, sampled: list[int], messages: list[Message]) -> None:
         """Append the answers and the opening of the next turn, cut to the budget; ends the trajectory if nothing fits."""
-        trajectory, renderer = run.trajectory, run.renderer
-        room = self.config.max_response_tokens - trajectory.response_len - self.config.answer_reserve_tokens
-        pieces = renderer.after_turn(sampled, messages)
-        over = _length(pieces) - room
-        if over > 0:
-            pieces = self._shorten(renderer, turn, sampled, messages, over)
-            if _length(pieces) > room:
+        trajectory, renderer, config = run.trajectory, run.renderer, self.config
+        room = config.max_response_tokens - trajectory.response_len - config.answer_reserve_tokens
+        last_is_next = config.final_turn_without_tools and len(trajectory.turns) == config.max_turns - 1
+        note = f"\n{config.final_turn_note}" if last_is_next else ""
+        texts: list[str] = [message["content"] for message in messages]
+        left_out = [0] * len(texts)
+        for place, text in enumerate(texts):
+            if len(text) > _LONG_TEXT:
+                texts[place], left_out[place] = await run_blocking(cut_to_tokens, text, max(room, _SHORTEST), renderer)
+
+        def rendered(contents: Sequence[str]) -> list[Piece]:
+            answers = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+            answers[-1]["content"] += note
+            return renderer.after_turn(sampled, answers)
+
+        pieces = rendered(texts)
+        if (over := _length(pieces) - room) > 0:
+            lengths = [len(renderer.encode_text(text)) for text in texts]
+            budget, whole = sum(lengths), texts
+            for _ in range(2):  # what follows a cut may be tokenised otherwise, so the first may miss by a few tokens
+                budget -= over
+                most = max(_SHORTEST, _fair_share(lengths, budget))
+                cut = [cut_to_tokens(text, most, renderer) for text in whole]
+                texts = [text for text, _ in cut]
+                pieces = rendered(texts)
+                if (over := _length(pieces) - room) <= 0:
+                    break
+            else:
                 raise _End(EndReason.TOKEN_LIMIT, f"the tool answers of turn {turn.index} leave no room for the model")
+            left_out = [before + now for before, (_, now) in zip(left_out, cut, strict=True)]
+        for place, record in enumerate(turn.calls):
+            if left_out[place]:
+                turn.calls[place] = replace(record, text=texts[place], cut_tokens=record.cut_tokens + left_out[place])
         turn.closed_by_template = sampled[-1] != renderer.stop_token_ids[0]
         for origin, ids in pieces:
             trajectory.append(origin, ids)
         self.recorder.observation(trajectory, turn)
 
-    @staticmethod
-    def _shorten(renderer: Renderer, turn: Turn, sampled: list[int], messages: list[Message], over: int) -> list[Piece]:
-        """Cut the longest answers in their middle until `over` tokens are gone, or all are as short as can be."""
-        texts = [renderer.encode_text(message["content"]) for message in messages]
-        target = sum(map(len, texts)) - over
-        for place in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-            others = sum(len(text) for i, text in enumerate(texts) if i != place)
-            ids = texts[place]
-            keep = max(0, target - others)
-            if len(ids) <= keep or len(ids) <= 32:
-                continue
-            marker = f" [… {len(ids) - keep} tokens left out …] "
-            keep = max(0, keep - len(renderer.encode_text(marker)) - 4)  # 4: the borders may encode otherwise
-            head, tail = ids[: keep - keep // 2], ids[len(ids) - keep // 2 :]
-            messages[place]["content"] = renderer.decode(head) + marker + renderer.decode(tail)
-            texts[place] = renderer.encode_text(messages[place]["content"])
-            if place < len(turn.calls):
-                record = turn.calls[place]
-                turn.calls[place] = replace(record, cut_tokens=record.cut_tokens + len(ids) - keep)
-            if sum(map(len, texts)) <= target:
-                break
-        return renderer.after_turn(sampled, messages)
-
     # -- the end ----------------------------------------------------------------------------------------------------
 
-    async def _finish(self, run: _Run) -> None:
-        """Apply the policy of the end reason: score, penalise or mask."""
+    async def _finish(self, run: _Run, *, discard: bool) -> None:
+        """Apply the policy of the end reason: score, penalise or mask. An attempt that is started anew is masked."""
         trajectory, config = run.trajectory, self.config
         assert trajectory.end_reason is not None
         action = config.on_cutoff.of(trajectory.end_reason)
-        if action == "mask" or not trajectory.turns:
+        if discard or action == "mask" or not trajectory.turns:
             trajectory.masked = True
             transition(trajectory, State.ABORTED if trajectory.end_reason is EndReason.ABORTED else State.FAILED)
             return
         transition(trajectory, State.SCORING)
         started = perf_counter()
+        timeout: asyncio.Timeout | None = None
         try:
             if action == "penalty":
                 trajectory.reward = Reward(config.penalty, {"penalty": config.penalty})
             else:
                 late = trajectory.end_reason is EndReason.DEADLINE
                 limit = asyncio.get_running_loop().time() + config.deadlines.score_s
-                async with asyncio.timeout_at(limit if late else min(limit, run.deadline)):
+                async with asyncio.timeout_at(limit if late else min(limit, run.deadline)) as timeout:
                     trajectory.reward = await self._score(run)
-        except TimeoutError:
-            self._score_failed(trajectory, "scoring took longer than its deadline")
         except Exception as error:
-            logger.exception("trajectory %s: the reward failed", run.key)
-            self._score_failed(trajectory, f"the reward failed: {type(error).__name__}: {error}")
+            if timeout is not None and timeout.expired():
+                self._score_failed(trajectory, "scoring took longer than its deadline")
+            else:
+                logger.exception("trajectory %s: the reward failed", run.key)
+                self._score_failed(trajectory, f"the reward failed: {type(error).__name__}: {error}")
         else:
             transition(trajectory, State.DONE)
         trajectory.score_s = perf_counter() - started
@@ -504,11 +541,14 @@ class AgentLoop:
 
     async def _score(self, run: _Run) -> Reward | None:
         from_tools = await run.session.rewards() if run.session is not None else {}
-        if self.reward is None:
-            reward = None
-        else:
+        reward: Reward | None = None
+        if self.reward is not None:
             reward = await self.reward(run.trajectory, run.trajectory.sample, run.text)
-        if not from_tools:
+            if not isinstance(reward, Reward):
+                raise TypeError(f"it answered {reward!r}, which is no Reward")
+            if not math.isfinite(reward.value):
+                raise ValueError(f"its value is {reward.value}, which is no finite number")
+        if not from_tools or (reward is None and self.config.tool_rewards == "record"):
             return reward
         value, components, info = (reward.value, reward.components, reward.info) if reward else (0.0, {}, {})
         if self.config.tool_rewards == "add":
@@ -518,6 +558,16 @@ class AgentLoop:
 
 def _length(pieces: Sequence[Piece]) -> int:
     return sum(len(piece.ids) for piece in pieces)
+
+
+def _fair_share(lengths: Sequence[int], budget: int) -> int:
+    """The largest cap under which lengths add up to at most `budget`: short ones stay whole, long ones share the rest."""
+    for done, length in enumerate(sorted(lengths)):
+        share = budget // (len(lengths) - done)
+        if length > share:
+            return share
+        budget -= length
+    return max(lengths, default=0)
 
 
 __all__ = ["TRANSITIONS", "AgentLoop", "derive_seed", "print_transitions", "transition"]

@@ -174,6 +174,30 @@ async def test_point_06_an_answer_that_leaves_no_room_at_all_ends_as_token_limit
     assert len(list(t.calls)) == 1  # it ran, and the record says so
 
 
+async def test_long_answers_share_the_room_and_the_record_says_what_the_model_saw(tokenizer: Any) -> None:
+    probe = Probe(text="7" * 1500)
+    config = LoopConfig(max_response_tokens=900, max_turns=2, final_turn_without_tools=True)
+    script = [call(1) + call(2) + call("x") + END, "The answer is 3" + END]
+    setup = Setup(tokenizer, script, probe, config=config)
+    t = await setup.run()
+    assert t.end_reason is EndReason.FINAL_ANSWER and t.response_len <= 900
+    first, second, refused = t.turns[0].calls
+    seen = observations(setup, t)
+    for record in (first, second):
+        assert f"[… {record.cut_tokens} tokens left out …]" in record.text and record.text in seen
+    assert abs(len(first.text) - len(second.text)) < 10 and len(first.text) > 100
+    assert refused.cut_tokens == 0 and refused.text in seen  # short enough to stay whole
+    assert seen.endswith(config.final_turn_note)
+
+
+async def test_a_huge_answer_is_cut_like_any_other(tokenizer: Any) -> None:
+    probe = Probe(text="7é🙂 " * 30_000)
+    setup = Setup(tokenizer, [call() + END, "ok" + END], probe, config=LoopConfig(max_response_tokens=500))
+    t = await setup.run()
+    assert t.end_reason is EndReason.FINAL_ANSWER and t.response_len <= 500
+    assert t.turns[0].calls[0].cut_tokens > 100_000
+
+
 @pytest.mark.parametrize("fault", ["release_raises", "release_hangs"])
 async def test_point_07_a_failing_release_changes_nothing(tokenizer: Any, fault: str) -> None:
     config = LoopConfig(deadlines=Deadlines(release_s=0.05))
@@ -425,7 +449,88 @@ async def test_a_failing_reward_is_not_a_reward(tokenizer: Any) -> None:
     assert t.masked and "deadline" in t.error
 
 
+@pytest.mark.parametrize("answer", [Reward(float("nan")), Reward(float("inf")), 1.0, None])
+async def test_a_reward_that_is_none_is_not_trained_on(tokenizer: Any, answer: Any) -> None:
+    async def broken(trajectory: Trajectory, sample: Sample, text: str) -> Any:
+        return answer
+
+    t = await Setup(tokenizer, ["ok" + END], reward=broken).run()
+    assert (t.state, t.masked, t.reward) == (State.FAILED, True, None)
+    assert "the reward failed" in t.error
+
+
+async def test_without_a_reward_function_the_tools_rewards_do_not_score(tokenizer: Any) -> None:
+    t = await Setup(tokenizer, [call() + END, "ok" + END], reward=None).run()
+    assert (t.state, t.masked, t.reward) == (State.DONE, False, None)
+    t = await Setup(tokenizer, [call() + END, "ok" + END], reward=None, config=LoopConfig(tool_rewards="add")).run()
+    assert t.reward.value == 1.25
+
+
+async def test_an_attempt_that_is_started_anew_is_not_scored(tokenizer: Any) -> None:
+    ended: list[Trajectory] = []
+
+    class Recorder(NullRecorder):
+        def trajectory_end(self, trajectory: Trajectory) -> None:
+            ended.append(trajectory)
+
+    config = LoopConfig(on_cutoff=OnCutoff(tool_failure="score"))
+    policies = {"on_error": "resample"}
+    setup = Setup(tokenizer, [call() + END], Probe(raises=True), policies=policies, config=config, recorder=Recorder())
+    t = await setup.run()
+    assert [(one.id, one.masked, one.reward is None) for one in ended] == [("u_0", True, True), ("u_0_r1", False, False)]
+    assert t is ended[1]
+
+
+async def test_calls_beside_the_malformed_one_that_ends_it_are_in_the_record(tokenizer: Any) -> None:
+    probe = Probe()
+    script = [call(1) + '<tool_call>\n{"name": "probe"}\n</tool_call>' + END]
+    t = await Setup(tokenizer, script, probe, config=LoopConfig(on_parse_failure="end")).run()
+    assert t.end_reason is EndReason.PARSE_FAILURE and "execute 1" not in probe.log
+    assert [record.status for record in t.turns[0].calls] == [CallStatus.NOT_RUN]
+
+
+async def test_a_timeout_of_the_engines_own_is_a_failure_of_the_engine(tokenizer: Any) -> None:
+    setup = Setup(tokenizer, ["ok" + END])
+
+    async def generate(*args: Any, **kwargs: Any) -> Any:
+        raise TimeoutError("no answer from the server")
+
+    setup.engine.generate = generate  # type: ignore[method-assign]
+    t = await setup.run()
+    assert t.end_reason is EndReason.ENGINE_FAILURE and "no answer from the server" in t.error
+
+
+async def test_a_bug_in_one_of_several_calls_travels_up_as_it_is(tokenizer: Any) -> None:
+    class Recorder(NullRecorder):
+        def tool(self, trajectory: Trajectory, turn: Turn, record: Any) -> None:
+            raise LedgerError("a bug")
+
+    with pytest.raises(LedgerError, match="a bug"):
+        await Setup(tokenizer, [call(1) + call(2) + END], recorder=Recorder()).run()
+
+
 # -- cancellation and bookkeeping -------------------------------------------------------------------------------------
+
+
+async def test_calls_that_are_cancelled_are_in_the_record(tokenizer: Any) -> None:
+    probe = Probe(hangs=True)
+    ended: list[Trajectory] = []
+
+    class Recorder(NullRecorder):
+        def trajectory_end(self, trajectory: Trajectory) -> None:
+            ended.append(trajectory)
+
+    setup = Setup(tokenizer, [call(1) + call("x") + call(2) + END], probe, recorder=Recorder())
+    running = asyncio.create_task(setup.run())
+    while len(probe.log) < 3:  # noqa: ASYNC110  create and two calls
+        await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    (t,) = ended
+    statuses = [CallStatus.CANCELLED, CallStatus.INVALID_ARGUMENTS, CallStatus.CANCELLED]
+    assert [record.status for record in t.turns[0].calls] == statuses and t.turns[0].tools_s > 0
+    assert probe.log[-1] == "release"
 
 
 async def test_cancelling_releases_everything(tokenizer: Any) -> None:
