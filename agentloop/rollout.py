@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from agentloop.engines.base import Sampling
+from agentloop.errors import ConfigError
 from agentloop.loop import AgentLoop
 from agentloop.trajectory import Sample, Trajectory
 
@@ -36,14 +38,15 @@ class Rollout:
             asyncio.create_task(self._one(sample, sibling, sampling, step, validate), name=f"{sample.uid}_{sibling}")
             for sibling in range(n)
         ]
-        self._running.update(tasks)
+        for task in tasks:
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
         try:
             await asyncio.wait(tasks)
         finally:
             for task in tasks:
                 task.cancel()
             done = await asyncio.gather(*tasks, return_exceptions=True)
-            self._running.difference_update(tasks)
         for outcome in done:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -58,12 +61,17 @@ class Rollout:
         step: int = 0,
         validate: bool = False,
     ) -> list[list[Trajectory]]:
-        """A group for every sample, in the samples' order."""
-        async with asyncio.TaskGroup() as groups:
-            tasks = [
-                groups.create_task(self.group(sample, n, sampling=sampling, step=step, validate=validate)) for sample in samples
-            ]
-        return [task.result() for task in tasks]
+        """A group for every sample, in the samples' order. The first group that raises cancels the others."""
+        tasks = [
+            asyncio.create_task(self.group(sample, n, sampling=sampling, step=step, validate=validate))
+            for sample in _distinct(samples)
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def stream(
         self,
@@ -74,9 +82,10 @@ class Rollout:
         step: int = 0,
         validate: bool = False,
     ) -> AsyncIterator[list[Trajectory]]:
-        """Groups as they end, whichever comes first. Leaving the iteration early cancels the rest."""
+        """Groups as they end, whichever comes first. All samples are taken at once; leaving early cancels the rest."""
         tasks = {
-            asyncio.create_task(self.group(sample, n, sampling=sampling, step=step, validate=validate)) for sample in samples
+            asyncio.create_task(self.group(sample, n, sampling=sampling, step=step, validate=validate))
+            for sample in _distinct(samples)
         }
         try:
             while tasks:
@@ -99,3 +108,12 @@ class Rollout:
     async def _one(self, sample: Sample, sibling: int, sampling: Sampling | None, step: int, validate: bool) -> Trajectory:
         async with self._places:
             return await self.loop.run(sample, sampling=sampling, sibling=sibling, step=step, validate=validate)
+
+
+def _distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples. `ConfigError` if two have one `uid`: their trajectories could not be told apart, nor their records."""
+    taken = list(samples)
+    for uid, count in Counter(sample.uid for sample in taken).items():
+        if count > 1:
+            raise ConfigError(f"{count} samples of one rollout have the uid '{uid}'; give each its own, and siblings by n")
+    return taken
