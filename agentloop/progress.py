@@ -1,7 +1,8 @@
 """A live display of a rollout: trajectories, turns, tokens per second, tool calls, failures by kind.
 
 It is a `Recorder`, told by the loop what happens. On a terminal it is one panel that is redrawn; elsewhere it prints a plain
-line now and then.
+line now and then. One that serves a whole training run, step after step, counts anew when a step begins and nothing runs any
+more; steps that overlap are counted together. Tokens per second are those of the time in which something ran.
 """
 
 from __future__ import annotations
@@ -32,18 +33,32 @@ class Progress:
         self.title = title
         self.total = total
         self.every_s = every_s
+        self._steps: set[tuple[bool, int]] = set()
+        self._reset()
+        self._console = Console(file=stream or sys.stderr, highlight=False)
+        self._live: Live | None = None
+        self._last = monotonic()
+        self._lock = threading.Lock()
+
+    def _reset(self) -> None:
         self.started = self.ended = self.turns = self.sampled = self.calls = 0
         self.ends: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
+        """Calls that did not end as `ok`, by status, and malformed ones."""
         self.rewards: list[float] = []
-        self._console = Console(file=stream or sys.stderr, highlight=False)
-        self._live: Live | None = None
-        self._since = self._last = monotonic()
-        self._lock = threading.Lock()
+        self._steps.clear()
+        self._busy_s = 0.0
+        self._busy_since: float | None = None
 
     # -- Recorder ---------------------------------------------------------------------------------------------------
 
     def trajectory_start(self, trajectory: Trajectory) -> None:
+        step = (trajectory.validate, trajectory.step)
+        if self.started == self.ended:
+            if self.total is None and self._steps and step not in self._steps:
+                self._reset()
+            self._busy_since = monotonic()
+        self._steps.add(step)
         self.started += 1
         self._show()
 
@@ -66,12 +81,19 @@ class Progress:
         self.ends[trajectory.end_reason.value if trajectory.end_reason else "error"] += 1
         if trajectory.reward is not None:
             self.rewards.append(trajectory.reward.value)
+        if self.started == self.ended:
+            self._busy_s = self._busy()
+            self._busy_since = None
         self._show()
+
+    def _busy(self) -> float:
+        """Seconds in which at least one trajectory ran."""
+        return self._busy_s + (0.0 if self._busy_since is None else monotonic() - self._busy_since)
 
     # -- showing ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Progress:
-        self._since = self._last = monotonic()
+        self._last = monotonic()
         if self._console.is_terminal:
             self._live = Live(self._table(), console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
@@ -85,7 +107,7 @@ class Progress:
 
     def line(self) -> str:
         """All counts in one plain line."""
-        seconds = max(monotonic() - self._since, 1e-6)
+        seconds = max(self._busy(), 1e-6)
         of = f"/{self.total}" if self.total is not None else ""
         parts = [
             f"{self.ended}{of} trajectories",
@@ -96,7 +118,8 @@ class Progress:
         if self.rewards:
             parts.append(f"reward {sum(self.rewards) / len(self.rewards):.3f}")
         unfinished = {kind: n for kind, n in self.ends.items() if kind != EndReason.FINAL_ANSWER.value}
-        parts += [f"{kind} {count}" for kind, count in sorted({**unfinished, **self.failures}.items())]
+        parts += [f"{kind} {count}" for kind, count in sorted(unfinished.items())]
+        parts += [f"failed calls: {kind} {count}" for kind, count in sorted(self.failures.items())]
         return f"{self.title}: " + ", ".join(parts)
 
     def _show(self) -> None:
@@ -112,7 +135,7 @@ class Progress:
             self._console.print(self.line(), markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
-        seconds = max(monotonic() - self._since, 1e-6)
+        seconds = max(self._busy(), 1e-6)
         table = Table(title=self.title, show_header=False, box=None, title_justify="left")
         of = f" of {self.total}" if self.total is not None else ""
         table.add_row("trajectories", f"{self.ended}{of} ended, {self.started - self.ended} running")
