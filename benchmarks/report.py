@@ -50,7 +50,7 @@ def commit() -> str:
     try:
         here = Path(__file__).parent
         name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=here, check=False).returncode
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ":/*.py"], cwd=here, check=False).returncode
         return name.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
