@@ -84,8 +84,11 @@ def print_transitions() -> str:
 
 def derive_seed(run_seed: int, key: str, sibling: int, attempt: int, turn: int) -> int:
     """The seed of one request, 0 ≤ seed < 2**31: a hash of what it is for, never of when it ran."""
-    name = f"{run_seed}/{key}/{sibling}/{attempt}/{turn}".encode()
-    return int.from_bytes(blake2b(name, digest_size=4).digest(), "little") >> 1
+    return _hash(f"{run_seed}/{key}/{sibling}/{attempt}/{turn}")
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
 
 
 class _End(Exception):
@@ -370,7 +373,12 @@ class AgentLoop:
             if idle >= _IDLE_ABORTS:
                 raise EngineError(f"the engine aborted {idle} times in a row without a new token")
             await asyncio.sleep(0)
-            rest = replace(sampling, max_tokens=sampling.max_tokens - len(sampled))
+            rest = replace(
+                sampling,
+                max_tokens=sampling.max_tokens - len(sampled),
+                # With the same seed an engine would repeat the random numbers that it began with.
+                seed=None if sampling.seed is None else _hash(f"{sampling.seed}/{len(sampled)}") if sampled else sampling.seed,
+            )
             answer = await self.engine.generate([*ids, *sampled], rest, trajectory_id=key)
             parts.append(answer)
             sampled += answer.ids

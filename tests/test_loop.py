@@ -391,6 +391,8 @@ async def test_an_aborted_generation_goes_on_from_its_tokens(tokenizer: Any) -> 
     assert len(t.turns) == 1 and setup.text(t) == "The answer is 3" + END
     assert (t.turns[0].min_weight_version, t.turns[0].weight_version) == (4, 5)
     assert len(t.rollout_log_probs) == t.response_len
+    first, second = setup.engine.calls
+    assert first.sampling.seed != second.sampling.seed  # an engine would repeat its random numbers
     stuck = Setup(tokenizer, lambda *_: ScriptedTurn(stop_reason=StopReason.ABORTED))
     assert (await stuck.run()).end_reason is EndReason.ENGINE_FAILURE
 
