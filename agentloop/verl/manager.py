@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from agentloop.data.rows import content_key, sample_from_row
 from agentloop.errors import ConfigError
 from agentloop.trajectory import Trajectory
 from agentloop.verl.client import VerlEngine
+from agentloop.verl.fleet import Fleet
 from agentloop.verl.metrics import metrics
 from agentloop.verl.settings import read_settings, refuse_agent_names
 from agentloop.verl.worker import GroupRequest, RolloutWorker, build_loop, tokenizer_of
@@ -70,8 +72,7 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         self.use_v1 = bool(config.trainer.get("use_v1", True))
         if not self.use_v1:
             self._keep_fillers_out(config)
-        self.workers: list[Any] = []
-        self._next = 0
+        self.fleet: Fleet
 
     @classmethod
     def create(cls, *args: Any, **kwargs: Any) -> AgentLoopManager:
@@ -87,9 +88,10 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
 
             generation = next_generation(self.settings.run_dir)
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+        actors = []
         for index in range(self.settings.num_workers):
             on_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True)
-            self.workers.append(
+            actors.append(
                 _remote_actor.options(scheduling_strategy=on_node).remote(
                     self.config,
                     self.settings,
@@ -100,13 +102,13 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
                     use_queue=self.use_v1,
                 )
             )
-        ray.get([worker.ready.remote() for worker in self.workers])
+        self.fleet = Fleet(actors, import_module("transfer_queue") if self.use_v1 else None)
 
     def generate_sequences(self, prompts: Any) -> Any:
         """V1: a `TensorDict` with a row for each group; returns `None` at once. Legacy: a `DataProto` with a row for each
         trajectory; returns one with the same number of rows in the same order."""
         if isinstance(prompts, TensorDict):
-            self._submit(self._requests_of_groups(prompts))
+            self.fleet.submit(self._requests_of_groups(prompts))
             return None
         return self._generate(prompts)
 
@@ -124,14 +126,6 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
             requests.append(self._request(row, str(row["uid"]), n, step, validate, greedy))
         return requests
 
-    def _submit(self, requests: Sequence[GroupRequest]) -> None:
-        # Round-robin over all steps: a batch of one group (a refill) does not always go to the first worker.
-        shares: list[list[GroupRequest]] = [[] for _ in self.workers]
-        for request in requests:
-            shares[self._next % len(shares)].append(request)
-            self._next += 1
-        ray.get([worker.submit.remote(share) for worker, share in zip(self.workers, shares, strict=True) if share])
-
     def _request(self, row: dict[str, Any], uid: str, n: int, step: int, validate: bool, greedy: bool) -> GroupRequest:
         refuse_agent_names([str(row["agent_name"])] if row.get("agent_name") is not None else [])
         sample = sample_from_row(row, uid=uid, system_prompt=self.settings.system_prompt)
@@ -147,13 +141,11 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         validate = bool(prompts.meta_info.get("validate", False))
         step = int(prompts.meta_info.get("global_steps", -1))
         requests, places = self._requests_of_rows(prompts, step, validate)
-        shares = [requests[index :: len(self.workers)] for index in range(len(self.workers))]
-        parts = ray.get([worker.generate.remote(share) for worker, share in zip(self.workers, shares, strict=True)])
+        groups, summaries = self.fleet.generate(requests)
         rows: list[Trajectory | None] = [None] * len(prompts)
-        for index, (groups, _) in enumerate(parts):
-            for group, positions in zip(groups, places[index :: len(self.workers)], strict=True):
-                for trajectory, position in zip(group, positions, strict=True):
-                    rows[position] = trajectory
+        for group, positions in zip(groups, places, strict=True):
+            for trajectory, position in zip(group, positions, strict=True):
+                rows[position] = trajectory
         trajectories = [trajectory for trajectory in rows if trajectory is not None]
         if not validate and all(trajectory.masked for trajectory in trajectories):
             raise RuntimeError(
@@ -162,7 +154,7 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
             )
         output = self._padded(trajectories, prompts)
         timing = self._performance_metrics([output.meta_info.pop("metrics")], output)
-        output.meta_info["timing"] = {**timing, **metrics([summary for _, found in parts for summary in found])}
+        output.meta_info["timing"] = {**timing, **metrics(summaries)}
         return output
 
     def _requests_of_rows(self, prompts: DataProto, step: int, validate: bool) -> tuple[list[GroupRequest], list[list[int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,19 +100,24 @@ class RolloutWorker:
             recorders.append(Progress(title, every_s=10.0 * self.settings.num_workers))
         return Tee(*recorders)
 
-    async def ready(self) -> bool:
-        """Answers once the worker has been built: whoever waits for it gets what went wrong there."""
-        return True
+    async def ready(self) -> int:
+        """Answers once the worker has been built: whoever waits for it gets what went wrong there. Returns the process id."""
+        return os.getpid()
+
+    async def watch(self) -> None:
+        """Never returns: this call fails when the process does."""
+        await asyncio.Event().wait()
 
     # -- V1: rows go to TransferQueue as groups end ---------------------------------------------------------------------
 
-    async def submit(self, requests: Sequence[GroupRequest]) -> None:
-        """Start groups and return at once."""
+    async def submit(self, requests: Sequence[GroupRequest]) -> set[str]:
+        """Start groups and return at once, with the uids of all that have not ended."""
         self._running += len(requests)
         for request in requests:
             task = asyncio.create_task(self._group(request), name=request.sample.uid)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        return {task.get_name() for task in self._tasks}
 
     async def _group(self, request: GroupRequest) -> None:
         """One group from `running` to `finished` or `failure`. Whatever happens in it stays in it."""
