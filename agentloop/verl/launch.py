@@ -163,7 +163,7 @@ def _settings(run: RunFile, path: str, overrides: Sequence[str]) -> dict[str, _S
             raise ConfigError(f"override '{item}': expected key=value")
         else:
             merged.pop(item[1:].partition("=")[0], None)
-    if run.platform == "cpu" and _SAMPLER + ".path" not in merged and not _needs_verls_sampler(merged):
+    if _SAMPLER + ".path" not in merged and not _needs_verls_sampler(merged):
         mode = merged.get("trainer.v1.trainer_mode")
         asynchronous = mode is not None and mode.value.strip("'\"") != "sync"
         put(_SAMPLER + ".path", _hydra_value("pkg://agentloop.verl.sampler"), "preset")

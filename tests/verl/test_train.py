@@ -171,6 +171,8 @@ def test_the_cpu_platform_sets_the_environment(folder: Path, monkeypatch: pytest
 def test_the_quick_sampler_stands_back_where_verl_gives_it_too_little(folder: Path) -> None:
     key = "trainer.v1.sampler.custom_sampler.name"
     assert arguments(make_plan(write(folder)))[key] == "QuickReplayBuffer"
+    on_a_gpu = ["platform=auto", "actor_rollout_ref.rollout.name=sglang"]
+    assert arguments(make_plan(write(folder), on_a_gpu))[key] == "QuickReplayBuffer"
     assert arguments(make_plan(write(folder), ["trainer.v1.trainer_mode=colocate_async"]))[key] == "QuickReplayBufferAsync"
     assert key not in arguments(make_plan(write(folder), ["trainer.v1.sampler.sync_refill_failed_groups=true"]))
 
@@ -186,6 +188,26 @@ def test_dry_run_prints_the_command_and_writes_nothing(
     assert not stop.value.code
     assert "-m verl.trainer.main_ppo" in capsys.readouterr().out
     assert sorted(folder.rglob("*")) == before
+
+
+def test_the_examples_of_the_documentation(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    (folder / "run.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    (folder / "tools.yaml").write_text(
+        "tools:\n  - class_name: examples.quickstart.calculator_tool.Calculator\n    config: {type: native}\n"
+    )
+    monkeypatch.chdir(folder)
+    commands = [line.split() for line in text.splitlines() if line.startswith("agentloop train") and line.endswith("--dry-run")]
+    assert len(commands) == 4
+    for command in [*commands, ["agentloop", "train", "run.yaml", "--dry-run"]]:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in command[3:-1] if not word.startswith(("agentloop.", "platform=")))
 
 
 # -- running a command --------------------------------------------------------------------------------------------------
