@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,28 @@ def lint(
         found.add(None, None, "holds no rows")
     found.finish()
     return report
+
+
+def lint_longest(
+    path: str | Path, *, max_prompt_tokens: int, renderer: Renderers, tools: Tools | None = None, count: int = 64
+) -> list[Problem]:
+    """Whether the prompts of the `count` rows with the most text fit into `max_prompt_tokens`: what can be known in a
+    moment, whatever the size of the file. A file that `lint` finds wrong is to be linted first."""
+    report = LintReport(str(path))
+    found = _Collector(report, 1)
+
+    def rows() -> Iterator[tuple[int, int, dict[str, Any], list[dict[str, Any]]]]:
+        number = 0
+        for batch in _read(Path(path)):
+            for row in batch:
+                messages = read.with_system_prompt(read.messages_of(row), read.system_prompt_of(row), None)
+                yield sum(len(str(message.get("content") or "")) for message in messages), number, row, messages
+                number += 1
+
+    for _, number, row, messages in heapq.nlargest(count, rows(), key=lambda item: item[0]):
+        report.rows = number
+        _check_length(row, messages, read.tool_selection_of(row), found, tools, max_prompt_tokens, renderer)
+    return report.problems
 
 
 def lint_pair(train: LintReport | str | Path, val: LintReport | str | Path) -> list[Problem]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agentloop.errors import ConfigError, nearest
+from agentloop.verl.settings import RolloutSettings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 REMOTE = re.compile(r"[a-z0-9]+://")
@@ -74,6 +75,36 @@ def _lint(path: Path) -> None:
     if errors:
         more = f" (and {len(errors) - 1} more: `agentloop data lint {path}` lists them)" if len(errors) > 1 else ""
         raise ConfigError(f"{errors[0]}{more}")
+
+
+def check_prompts(files: Any, settings: RolloutSettings, tools: Any) -> None:
+    """The longest prompts of each file fit into the run's limit, counted with the model's own tokenizer and template.
+
+    In a run a prompt that is too long is never cut: its trajectories end as `token_limit` and are left out.
+    """
+    if not Path(settings.model_path).expanduser().is_dir():
+        return
+    from transformers import AutoTokenizer
+
+    from agentloop.chat.load import load_renderer
+    from agentloop.data.lint import lint_longest
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
+    except Exception as error:  # transformers raises whatever its parts do
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(f"{settings.model_path}: the tokenizer cannot be loaded: {reason}") from error
+
+    def renderer(template_kwargs: Mapping[str, Any]) -> Any:
+        merged = {**settings.template_kwargs, **template_kwargs}
+        return load_renderer(tokenizer, template_kwargs=merged, kind=settings.renderer or "auto")
+
+    limit = settings.loop.max_prompt_tokens
+    for file in [files] if isinstance(files, str | os.PathLike) else list(files or []):
+        if not REMOTE.match(str(file)):
+            problems = lint_longest(Path(str(file)).expanduser(), max_prompt_tokens=limit, renderer=renderer, tools=tools)
+            if problems:
+                raise ConfigError(f"{problems[0]}")
 
 
 def check_reward(function: Mapping[str, Any] | None, where: str) -> None:

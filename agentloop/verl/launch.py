@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from agentloop.config import Strict, load_yaml, validate
+from agentloop.config import LoopConfig, Strict, load_yaml, validate
 from agentloop.errors import ConfigError
 from agentloop.verl.server import ROLLOUT_NAME
 from agentloop.verl.settings import Section, read_settings
@@ -120,17 +120,26 @@ def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """Read, merge and check everything that can be checked without loading a model. Raises `ConfigError`; writes nothing."""
     ours = [item for item in overrides if re.match(r"(agentloop\.|platform=)", item)]
     run = validate(RunFile, load_yaml(path, ours), str(path))
-    validate(Section, run.agentloop, f"{path}: agentloop")
+    section = validate(Section, run.agentloop, f"{path}: agentloop")
+    validate(LoopConfig, section.loop, f"{path}: agentloop.loop")
+    from omegaconf import OmegaConf
+
+    from agentloop.verl.check import check_prompts
+
     settings = _settings(run, str(path), [item for item in overrides if item not in ours])
     deletions = [item for item in overrides if item.startswith("~")]
     arguments = _with_prefixes(settings) + deletions
     config = _compose(arguments, str(path))
     _check(config, str(path), run)
     rollout = read_settings(config)
-    if rollout.tools:
+    registry = None
+    if rollout.tools or rollout.function_tools:
         from agentloop.tools.registry import ToolRegistry
 
-        ToolRegistry.load(rollout.tools, rollout.function_tools)
+        registry = ToolRegistry.load(rollout.tools, rollout.function_tools)
+    if not OmegaConf.select(config, "data.custom_cls.path"):
+        for key in ("data.train_files", "data.val_files"):
+            check_prompts(OmegaConf.select(config, key), rollout, registry)
     run_dir = Path(rollout.run_dir)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *arguments]
     if not any(argument.startswith("hydra.run.dir=") for argument in arguments):

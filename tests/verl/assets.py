@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
+
+
 def make_data(path: Path, rows: int = 16) -> Path:
     records = [
         {
@@ -63,10 +67,11 @@ def make_reward(path: Path) -> Path:
 
 
 def make_hollow_model(folder: Path) -> Path:
-    """What passes for a model folder where no model is loaded."""
+    """What passes for a model folder where no model is loaded: a configuration and the quickstart's tokenizer."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}))
-    (folder / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(QUICKSTART / name, folder / name)
     return folder
 
 

@@ -67,8 +67,23 @@ def broken_model(folder: Path) -> str:
 
 
 def model_without_tokenizer(folder: Path) -> str:
-    (folder / "model" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "model" / name).unlink()
     return str(folder / "model")
+
+
+def model_with_broken_tokenizer(folder: Path) -> str:
+    (folder / "model" / "tokenizer.json").write_text("{}")
+    return str(folder / "model")
+
+
+def long_prompt(folder: Path) -> str:
+    import pandas
+
+    rows = pandas.read_parquet(folder / "data.parquet").to_dict("records")
+    rows[3]["prompt"] = [{"role": "user", "content": "1 + 1 = " * 3000}]
+    pandas.DataFrame(rows).to_parquet(folder / "long.parquet")
+    return str(folder / "long.parquet")
 
 
 def misspelt_tools(folder: Path) -> str:
@@ -88,6 +103,8 @@ BAD: list[tuple[str, Edit, str]] = [
     ("model without config", put(*MODEL, to=lambda folder: str(folder)), "has no config.json"),
     ("model with broken config", put(*MODEL, to=broken_model), "not valid JSON"),
     ("model without tokenizer", put(*MODEL, to=model_without_tokenizer), "has no tokenizer"),
+    ("broken tokenizer", put(*MODEL, to=model_with_broken_tokenizer), "the tokenizer cannot be loaded"),
+    ("prompt too long", put(*TRAIN, to=long_prompt), "row 3, column 'prompt': is 18008 tokens long"),
     ("no data", put(*TRAIN, to=lambda folder: str(folder / "absent.parquet")), "does not exist"),
     ("empty data", put(*TRAIN, to=empty_data), "empty.jsonl"),
     ("data without prompts", put(*TRAIN, to=no_prompt), "prompt"),
