@@ -21,15 +21,14 @@ from hashlib import blake2b
 from time import perf_counter
 from typing import Any
 
-from agentloop.chat.base import Message, Parsed, Piece, Renderer, ToolCallParser
+from agentloop.chat.base import Message, Parsed, Renderer, ToolCallParser
 from agentloop.config import LoopConfig
 from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import ConfigError, EngineError, ToolInfraError
+from agentloop.fit import fit
 from agentloop.journal.base import NullRecorder, Recorder
 from agentloop.rewards.base import RewardFunction
-from agentloop.tools.cut import cut_to_tokens
 from agentloop.tools.session import ToolSession, ToolSessions
-from agentloop.tools.threads import run_blocking
 from agentloop.trajectory import (
     CallRecord,
     CallStatus,
@@ -62,12 +61,6 @@ _MODELS_OWN = (CallStatus.OK, CallStatus.INVALID_ARGUMENTS, CallStatus.UNKNOWN_T
 
 _IDLE_ABORTS = 3
 """An engine that aborts this often in a row without a new token has failed."""
-
-_SHORTEST = 32
-"""Tokens below which no tool answer is cut to make room."""
-
-_LONG_TEXT = 50_000
-"""Characters from which a text is tokenised outside of the event loop."""
 
 
 def transition(trajectory: Trajectory, state: State) -> None:
@@ -476,37 +469,14 @@ class AgentLoop:
         room = config.max_response_tokens - trajectory.response_len - config.answer_reserve_tokens
         last_is_next = config.final_turn_without_tools and len(trajectory.turns) == config.max_turns - 1
         note = f"\n{config.final_turn_note}" if last_is_next else ""
-        texts: list[str] = [message["content"] for message in messages]
-        left_out = [0] * len(texts)
-        for place, text in enumerate(texts):
-            if len(text) > _LONG_TEXT:
-                texts[place], left_out[place] = await run_blocking(cut_to_tokens, text, max(room, _SHORTEST), renderer)
-
-        def rendered(contents: Sequence[str]) -> list[Piece]:
-            answers = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-            answers[-1]["content"] += note
-            return renderer.after_turn(sampled, answers)
-
-        pieces = rendered(texts)
-        if (over := _length(pieces) - room) > 0:
-            lengths = [len(renderer.encode_text(text)) for text in texts]
-            budget, whole = sum(lengths), texts
-            for _ in range(2):  # what follows a cut may be tokenised otherwise, so the first may miss by a few tokens
-                budget -= over
-                most = max(_SHORTEST, _fair_share(lengths, budget))
-                cut = [cut_to_tokens(text, most, renderer) for text in whole]
-                texts = [text for text, _ in cut]
-                pieces = rendered(texts)
-                if (over := _length(pieces) - room) <= 0:
-                    break
-            else:
-                raise _End(EndReason.TOKEN_LIMIT, f"the tool answers of turn {turn.index} leave no room for the model")
-            left_out = [before + now for before, (_, now) in zip(left_out, cut, strict=True)]
+        fitted = await fit(renderer, sampled, messages, room, note)
+        if fitted is None:
+            raise _End(EndReason.TOKEN_LIMIT, f"the tool answers of turn {turn.index} leave no room for the model")
         for place, record in enumerate(turn.calls):
-            if left_out[place]:
-                turn.calls[place] = replace(record, text=texts[place], cut_tokens=record.cut_tokens + left_out[place])
+            if cut := fitted.left_out[place]:
+                turn.calls[place] = replace(record, text=fitted.texts[place], cut_tokens=record.cut_tokens + cut)
         turn.closed_by_template = sampled[-1] != renderer.stop_token_ids[0]
-        for origin, ids in pieces:
+        for origin, ids in fitted.pieces:
             trajectory.append(origin, ids)
         self.recorder.observation(trajectory, turn)
 
@@ -562,20 +532,6 @@ class AgentLoop:
         if self.config.tool_rewards == "add":
             value += sum(from_tools.values())
         return Reward(value, {**components, **from_tools}, info)
-
-
-def _length(pieces: Sequence[Piece]) -> int:
-    return sum(len(piece.ids) for piece in pieces)
-
-
-def _fair_share(lengths: Sequence[int], budget: int) -> int:
-    """The largest cap under which lengths add up to at most `budget`: short ones stay whole, long ones share the rest."""
-    for done, length in enumerate(sorted(lengths)):
-        share = budget // (len(lengths) - done)
-        if length > share:
-            return share
-        budget -= length
-    return max(lengths, default=0)
 
 
 __all__ = ["TRANSITIONS", "AgentLoop", "derive_seed", "print_transitions", "transition"]
