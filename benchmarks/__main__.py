@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: run every benchmark that a CPU can, then print the aims of all as one table."""
+"""`python -m benchmarks`: run every benchmark that a CPU can, then print the aims of all results as one table.
+
+`python -m benchmarks --show` only prints the table of what is in `benchmarks/results/`.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,18 @@ CPU = ("loop_overhead", "batch_assembly", "local_engine")
 
 def main() -> int:
     """Exit status 1 if a benchmark could not be run; a missed aim is shown, and is no failure."""
-    failed = [name for name in CPU if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode]
+    run = () if "--show" in sys.argv[1:] else CPU
+    failed = [name for name in run if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode]
     table = Table(title="aims")
-    for column in ("benchmark", "figure", "value", "aim", "holds"):
+    for column in ("benchmark", "commit", "figure", "value", "aim", "holds"):
         table.add_column(column)
-    for name in CPU:
-        if name in failed:
-            table.add_row(name, "could not be run", "", "", "no", style="red")
-            continue
-        for aim in json.loads((RESULTS / f"{name}.json").read_text())["aims"]:
-            table.add_row(name, aim["name"], f"{aim['value']:.4g}", aim["aim"], "yes" if aim["holds"] else "MISSED")
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        for aim in result["aims"]:
+            holds = "yes" if aim["holds"] else "MISSED"
+            table.add_row(path.stem, result["commit"], aim["name"], f"{aim['value']:.4g}", aim["aim"], holds)
+    for name in failed:
+        table.add_row(name, "", "could not be run", "", "", "no", style="red")
     Console().print(table)
     return 1 if failed else 0
 
