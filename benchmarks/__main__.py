@@ -25,6 +25,8 @@ def main() -> int:
     for column in ("benchmark", "commit", "figure", "value", "aim", "holds"):
         table.add_column(column)
     for path in sorted(RESULTS.glob("*.json")):
+        if path.stem in failed:  # an older result would pass for today's
+            continue
         result = json.loads(path.read_text())
         for aim in result["aims"]:
             holds = "yes" if aim["holds"] else "MISSED"
