@@ -6,14 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from random import Random
+from random import getrandbits
 from typing import Any
 
 import torch
 
 from agentloop.engines.base import Generation, Sampling
 from agentloop.engines.local_cache import Fill, SlotCache
-from agentloop.engines.local_sampling import RowSampler
+from agentloop.engines.local_sampling import RowSampler, noise
 from agentloop.errors import EngineError
 from agentloop.trajectory import StopReason
 
@@ -49,7 +49,8 @@ class Row:
     """Some of these are of older weights."""
     request: Request | None = None
     log_probs: list[float] = field(default_factory=list)
-    noise: Callable[[], float] = Random().random
+    key: int = 0
+    """Of the random numbers."""
     min_version: int = 0
     cached: int = 0
     queue_s: float = 0.0
@@ -220,7 +221,8 @@ class Batch:
             row.ids = list(request.ids)
             row.log_probs = []
             row.cached = row.kept
-            row.noise = Random(request.sampling.seed).random
+            seed = request.sampling.seed
+            row.key = getrandbits(64) if seed is None else seed
             row.queue_s = time.perf_counter() - request.submitted
             self._filling.append(row)
 
@@ -291,7 +293,7 @@ class Batch:
 
     def _sample(self, rows: list[Row], sampler: RowSampler, logits: torch.Tensor) -> bool:
         """Append each row's next token and end the rows that are done; True if any ended."""
-        tokens, values = sampler(logits, [row.noise() for row in rows])
+        tokens, values = sampler(logits, [noise(row.key, len(row.ids)) for row in rows])
         ended = False
         for row, token, value in zip(rows, tokens, values, strict=True):
             if value != value:

@@ -22,6 +22,24 @@ def check_sampling(sampling: Sampling) -> None:
         raise EngineError(f"top_k is {sampling.top_k}; it must be at least 1, or -1 for off")
 
 
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+
+def noise(key: int, position: int) -> float:
+    """A number of [0, 1) that depends on a 64-bit key and on the token's position in its sequence: a request that was
+    aborted and is sent again with what it had sampled goes on as if nothing had happened.
+
+    SplitMix64 (Steele, Lea and Flood, «Fast splittable pseudorandom number generators», 2014), read at any place."""
+    return (_mix(_mix(key) + position * _GOLDEN) >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z = (z + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
 class RowSampler:
     """The settings of the rows of a batch, as tensors; built anew only when the rows change."""
 

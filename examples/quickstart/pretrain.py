@@ -123,7 +123,8 @@ def train(
     ]
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     started, total = time.monotonic(), 0.0
-    for step, (ids, labels) in enumerate(itertools.islice(source, steps), 1):
+    for step, batch in enumerate(itertools.islice(source, steps), 1):
+        ids, labels = (part.to(model.device) for part in batch)
         scale = min(1.0, step / 20, 0.02 + 2 * (1 - step / steps))
         for optimizer, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -145,6 +146,7 @@ def train(
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.cpu()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
@@ -154,11 +156,11 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
         path.chmod(0o644)
 
 
-def learn(folder: Path, *, steps: int, seed: int) -> Report:
+def learn(folder: Path, *, steps: int, seed: int, device: str) -> Report:
     """Train tokenizer and model on right transcripts into `folder`; how good it is at held-out problems."""
     tokenizer = train_tokenizer(corpus(seed))
     torch.manual_seed(seed)
-    model = build_model(tokenizer)
+    model = build_model(tokenizer).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     source = deeper(problems(f"skill/{seed}", "train"), seed)
     train(model, batches(tokenizer, source, solve, size=BATCH, seed=seed), steps=steps, muon_lr=0.02, adam_lr=3e-3)
@@ -166,10 +168,10 @@ def learn(folder: Path, *, steps: int, seed: int) -> Report:
     return evaluate(folder, choice())
 
 
-def spoil(folder: Path, target: Path, *, steps: int, seed: int) -> Report:
+def spoil(folder: Path, target: Path, *, steps: int, seed: int, device: str) -> Report:
     """Train the model in `folder` on transcripts with bad habits into `target`; how good it is now."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa").to(device)
     draw = random.Random(seed)
 
     def demonstrate(problem: Problem) -> Transcript:
@@ -196,14 +198,15 @@ def main() -> None:
     parser.add_argument("--spoil-steps", type=int, default=SPOIL_STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: a step of the first training takes 0.03 s there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.spoil_only:
-        skilled = learn(args.skilled, steps=args.steps, seed=args.seed)
+        skilled = learn(args.skilled, steps=args.steps, seed=args.seed, device=args.device)
         show(skilled, "skilled")
         if skilled.accuracy < SKILL:
             raise SystemExit(f"the skill is only {skilled.accuracy:.3f}, it must be {SKILL}: train for more --steps")
-    weak = spoil(args.skilled, args.folder, steps=args.spoil_steps, seed=args.seed)
+    weak = spoil(args.skilled, args.folder, steps=args.spoil_steps, seed=args.seed, device=args.device)
     show(weak, "spoiled")
     low, high = SPOILED
     if not low <= weak.accuracy <= high:

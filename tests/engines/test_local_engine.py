@@ -122,6 +122,13 @@ async def test_a_stop_string_ends_with_its_tokens_kept(engine: LocalEngine) -> N
     assert stop not in tokenizer.decode(generation.ids[:-1])
 
 
+async def test_a_request_sent_again_with_what_it_had_sampled_goes_on_alike(engine: LocalEngine) -> None:
+    ids = prompt(9)
+    whole = await engine.generate(ids, Sampling(20, seed=3), trajectory_id="a")
+    again = await engine.generate(ids + whole.ids[:7], Sampling(13, seed=3), trajectory_id="b")
+    assert again.ids == whole.ids[7:]
+
+
 async def test_stop_strings_need_a_tokenizer() -> None:
     engine = LocalEngine(tiny_model())
     with pytest.raises(EngineError, match="tokenizer"):
