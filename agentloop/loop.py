@@ -28,7 +28,7 @@ from agentloop.errors import ConfigError, EngineError, ToolInfraError
 from agentloop.fit import fit
 from agentloop.journal.base import NullRecorder, Recorder
 from agentloop.rewards.base import RewardFunction
-from agentloop.tools.session import ToolSession, ToolSessions
+from agentloop.tools.session import ToolSession, ToolSessions, give_up_at
 from agentloop.trajectory import (
     CallRecord,
     CallStatus,
@@ -393,7 +393,8 @@ class AgentLoop:
         config = self.config
         started = perf_counter()
         clock = asyncio.get_running_loop()
-        deadline = min(run.deadline, clock.time() + config.deadlines.tools_s)
+        begun = clock.time()
+        deadline = min(run.deadline, begun + config.deadlines.tools_s)
         now, late = calls[: config.max_parallel_calls], calls[config.max_parallel_calls :]
         try:
             if len(now) == 1:
@@ -405,7 +406,8 @@ class AgentLoop:
             order = {call.id: place for place, call in enumerate(calls)}
             turn.calls.sort(key=lambda record: order[record.call.id])
             turn.tools_s = perf_counter() - started
-        if clock.time() >= run.deadline:
+        timed_out = any(record.status is CallStatus.TIMEOUT for record in turn.calls)
+        if clock.time() >= (give_up_at(run.deadline, begun) if timed_out else run.deadline):
             raise _End(EndReason.DEADLINE, f"the trajectory's deadline passed in the tool calls of turn {turn.index}")
         for record in turn.calls:
             self._apply_policy(record)

@@ -434,6 +434,24 @@ async def test_a_failing_tool_can_drop_or_resample_its_sample(tokenizer: Any) ->
     assert t.end_reason is EndReason.TOOL_FAILURE
 
 
+@pytest.mark.parametrize("on_error", ["observe", "retry", "drop_sample", "resample"])
+async def test_a_tool_that_runs_into_the_trajectorys_deadline_ends_it_as_that(tokenizer: Any, on_error: str) -> None:
+    config = LoopConfig(deadlines=Deadlines(trajectory_s=0.2))
+    probe = Probe(hangs=True)
+    t = await Setup(tokenizer, [call() + END, "ok" + END], probe, policies={"on_error": on_error}, config=config).run()
+    assert t.end_reason is EndReason.DEADLINE and "the trajectory's deadline passed in the tool calls of turn 0" in t.error
+    assert (t.attempt, t.masked, t.turns[0].calls[0].status) == (0, True, CallStatus.TIMEOUT)
+    assert probe.log == ["create", "execute 1", "release"]
+
+
+@pytest.mark.parametrize("own", [{"timeout": 0.05}, {}])
+async def test_a_tools_own_timeout_is_the_tools_failure(tokenizer: Any, own: dict[str, float]) -> None:
+    config = LoopConfig(deadlines=Deadlines(trajectory_s=60, tools_s=60 if own else 0.05))
+    policies = {"on_error": "drop_sample", **own}
+    t = await Setup(tokenizer, [call() + END], Probe(hangs=True), policies=policies, config=config).run()
+    assert t.end_reason is EndReason.TOOL_FAILURE and "timeout" in t.error
+
+
 async def test_a_failing_reward_is_not_a_reward(tokenizer: Any) -> None:
     async def broken(trajectory: Trajectory, sample: Sample, text: str) -> Reward:
         raise RuntimeError("grader down")

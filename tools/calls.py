@@ -18,15 +18,13 @@ from agentloop.tools.base import InvalidArguments, ToolLike, accepted_kwargs, to
 from agentloop.tools.cut import TextCodec, cut_to_tokens
 from agentloop.tools.policy import Gate, ToolPolicy
 from agentloop.tools.schema import ArgumentCheck, Schema
-from agentloop.tools.session import ToolSession
+from agentloop.tools.session import CANCEL_GRACE_S, ToolSession, give_up_at
 from agentloop.tools.threads import Slot, current_slot, run_blocking
 from agentloop.trajectory import CallRecord, CallStatus, ToolCall
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CANCEL_GRACE_S = 0.5
-"""How long a cancelled tool may take to clean up before it is left behind."""
 RELEASE_TIMEOUT_S = 8.0
 """How long one `release` may take; under the loop's `release_s`, so that a hanging one is reported by name."""
 FIRST_BACKOFF_S = 0.1
@@ -165,8 +163,7 @@ class RegistrySession(ToolSession):
         policy = entry.policy
         now = asyncio.get_running_loop().time
         started = now()
-        # The deadline covers the tool's cleaning up too, and whoever set it may enforce it at the very moment it passes.
-        end = deadline - min(CANCEL_GRACE_S, max(0.0, deadline - started) / 10)
+        end = give_up_at(deadline, started)
         if policy.timeout is not None:
             end = min(end, started + policy.timeout)
         waited = ran = 0.0

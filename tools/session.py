@@ -7,6 +7,15 @@ from typing import Any
 
 from agentloop.trajectory import CallRecord, Sample, ToolCall
 
+CANCEL_GRACE_S = 0.5
+"""How long a cancelled tool may take to clean up before it is left behind."""
+
+
+def give_up_at(deadline: float, now: float) -> float:
+    """When a call that begins `now` is given up: a little before its deadline, which covers the tool's cleaning up too, and
+    which whoever set it may enforce at the very moment it passes."""
+    return deadline - min(CANCEL_GRACE_S, max(0.0, deadline - now) / 10)
+
 
 class ToolSession(ABC):
     """Opened when a trajectory starts, closed when it ends, whatever happens in between.
@@ -28,7 +37,8 @@ class ToolSession(ABC):
     @abstractmethod
     async def call(self, call: ToolCall, *, deadline: float) -> CallRecord:
         """Run one call, with the tool's policies (timeout, concurrency, rate, retries). `deadline` is on the event loop's
-        clock and covers all of it. Cancellation passes through, after the tool has been told."""
+        clock and covers all of it, so that the tool is given up at `give_up_at`. Cancellation passes through, after the
+        tool has been told."""
 
     @abstractmethod
     async def rewards(self) -> dict[str, float]:

@@ -36,14 +36,15 @@ def conversation(
 ) -> Trajectory:
     """A ledger with `prompt` tokens and for every turn (sampled tokens, tokens of the tool's answer)."""
     rng = random.Random(f"{uid}/{sibling}/{seed}")
+    messages = [{"role": "user", "content": f"question {uid}"}]
     row = {
-        "raw_prompt": [{"role": "user", "content": f"question {uid}"}],
+        "raw_prompt": messages,
         "data_source": "tests",
         "reward_model": {"style": "rule", "ground_truth": "7"},
         "extra_info": {"index": 3},
         "index": 3,
     }
-    sample = Sample(messages=row["raw_prompt"], uid=uid, data_source="tests", ground_truth="7", fields=row)
+    sample = Sample(messages=messages, uid=uid, data_source="tests", ground_truth="7", fields=row)
     trajectory = Trajectory(sample, sibling=sibling, step=2, validate=validate)
     trajectory.append_prompt([rng.randrange(3, 500) for _ in range(prompt)])
     for index, (sampled, observed) in enumerate(turns):
@@ -120,4 +121,5 @@ def verl_config(**overrides: Any) -> DictConfig:
         **overrides,
     }
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", [f"++{key}={value}" for key, value in dotted.items()])
+        composed: DictConfig = compose("ppo_trainer", [f"++{key}={value}" for key, value in dotted.items()])
+    return composed
