@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
 from agentloop.errors import ConfigError, ToolError, nearest
 
@@ -121,7 +122,8 @@ def to_answer(returned: Any) -> Answer:
 
     Accepted: a str, a `ToolResult`, a response object (anything with `.text`), a tuple of one to three of (response or
     value, reward or `None`, metrics or `None`); any other value becomes JSON, `None` an empty text. Raises `TypeError` for
-    a tuple of another length and `ValueError` for a reward that is no finite number.
+    a tuple of another length, a response whose `.text` is no text and metrics that are no mapping, `ValueError` for a
+    reward that is no finite number.
     """
     reward: Any = None
     metrics: Any = None
@@ -131,25 +133,25 @@ def to_answer(returned: Any) -> Answer:
         returned, reward, metrics = (*returned, None, None)[:3]
     if isinstance(returned, ToolResult):
         reward, metrics = returned.reward + (reward or 0.0), {**returned.metrics, **(metrics or {})}
-        returned = ToolResponse(text=returned.text, error=returned.error)
+        returned = ToolResponse(text=_as_text(returned.text), error=returned.error)
     elif not hasattr(returned, "text"):
         returned = ToolResponse(text=_as_text(returned))
+    elif not isinstance(returned.text, str | None):
+        raise TypeError(f"a tool's answer must be text, and its '.text' is of type {type(returned.text).__name__}")
     value = 0.0 if reward is None else float(reward)
     if not math.isfinite(value):
         raise ValueError(f"a tool's reward must be a finite number, not {value}")
+    if not isinstance(metrics or {}, Mapping):
+        raise TypeError(f"a tool's metrics must be a mapping, not of type {type(metrics).__name__}")
     return returned, value, dict(metrics or {})
 
 
 def _as_text(value: Any) -> str:
+    """`value` itself if it is text, else its JSON; what is one text in JSON (a date, an enum, a path) without the quotes."""
     if value is None:
         return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, BaseModel):
-        return value.model_dump_json()
-    if isinstance(value, (dict, list, bool)):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
+    plain = to_jsonable_python(value, fallback=str)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
 
 # -- the tool -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import contextvars
 import copy
 import inspect
 import logging
+import math
 from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -75,9 +76,12 @@ class RegistrySession(ToolSession):
         self._trajectory_id = trajectory_id
         self._codec = codec
         self._instances: dict[str, str] = {}
+        """By tool, what its calls go to."""
+        self._created: list[tuple[Entry, str]] = []
+        """What `close` releases: with retries a tool may have been created more than once."""
         self._call_rewards: dict[str, float] = {}
         self._rewards: dict[str, float] | None = None
-        self._opened = False
+        self._opened = self._closed = False
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -99,17 +103,9 @@ class RegistrySession(ToolSession):
             raise
 
     async def _create(self, entry: Entry) -> None:
-        instance_id = f"{self._trajectory_id}-{uuid4().hex[:8]}"
-        kwargs = self._kwargs[entry.name]["create"]
-
-        async def create() -> None:
-            returned = await entry.tool.create(instance_id, **kwargs)
-            # Noted here, not by whoever waits: what was created must be released even if nobody waits any more.
-            self._instances[entry.name] = returned[0] if isinstance(returned, tuple) else returned or instance_id
-
         for attempt in range(entry.policy.extra_attempts + 1):
             try:
-                await _bounded(create(), entry.policy.timeout, f"create of tool '{entry.name}'")
+                await _bounded(self._create_once(entry), entry.policy.timeout, f"create of tool '{entry.name}'")
                 return
             except Exception as error:
                 logger.warning("tool '%s': create failed for trajectory %s", entry.name, self._trajectory_id, exc_info=True)
@@ -117,9 +113,22 @@ class RegistrySession(ToolSession):
                     raise ToolInfraError(f"tool '{entry.name}' could not be created: {_brief(error)}") from error
             await asyncio.sleep(_backoff(attempt))
 
+    async def _create_once(self, entry: Entry) -> None:
+        instance_id = f"{self._trajectory_id}-{uuid4().hex[:8]}"
+        returned = await entry.tool.create(instance_id, **self._kwargs[entry.name]["create"])
+        instance_id = returned[0] if isinstance(returned, tuple) else returned or instance_id
+        # Noted here, not by whoever waits: what was created must be released even if nobody waits any more.
+        if self._closed:
+            await self._release(entry, instance_id)
+            return
+        self._created.append((entry, instance_id))
+        self._instances.setdefault(entry.name, instance_id)
+
     async def close(self) -> None:
-        instances, self._instances = self._instances, {}
-        await asyncio.gather(*(self._release(self._entries[name], instance) for name, instance in instances.items()))
+        self._closed = True
+        created, self._created = self._created, []
+        self._instances = {}
+        await asyncio.gather(*(self._release(entry, instance_id) for entry, instance_id in created))
 
     async def _release(self, entry: Entry, instance_id: str) -> None:
         try:
@@ -149,7 +158,8 @@ class RegistrySession(ToolSession):
     async def call(self, call: ToolCall, *, deadline: float) -> CallRecord:
         entry = self._entries.get(call.name)
         if entry is None:
-            text = f"There is no tool '{call.name[:60]}'; {nearest(call.name[:60], self._entries)}"
+            hint = nearest(call.name[:60], self._entries) if self._entries else "this conversation has no tools"
+            text = _well_formed(f"There is no tool '{call.name[:60]}'; {hint}")
             return CallRecord(call, CallStatus.UNKNOWN_TOOL, text, attempts=0)
         problem = entry.check(call.arguments)
         if problem is not None:
@@ -201,7 +211,7 @@ class RegistrySession(ToolSession):
             outcome.status,
             outcome.text,
             reward=outcome.reward,
-            metrics={key: float(value) for key, value in (outcome.metrics or {}).items() if isinstance(value, Real)},
+            metrics=_numbers(outcome.metrics or {}),
             attempts=attempts,
             queue_s=waited,
             run_s=ran,
@@ -250,11 +260,12 @@ class RegistrySession(ToolSession):
         return _Outcome(status, response.text or "", reward, metrics, reported=wrong)
 
     async def _stop(self, task: asyncio.Task[Any], slot: Slot, what: str) -> None:
-        if not await _settle(task, what):  # it goes on, and so keeps its place
-            slot.hold()
-            task.add_done_callback(lambda _: slot.let_go())
+        slot.hold()  # for as long as it goes on, even if the wait for its end is cancelled too
+        task.add_done_callback(lambda _: slot.let_go())
+        await _settle(task, what)
 
     async def _fit(self, entry: Entry, record: CallRecord) -> CallRecord:
+        record = replace(record, text=_well_formed(record.text))
         limit = entry.policy.max_response_tokens
         if limit is None or self._codec is None:
             return record
@@ -296,6 +307,12 @@ def _try_again(outcome: _Outcome, policy: ToolPolicy) -> bool:
     return outcome.status in (CallStatus.INFRA, CallStatus.TIMEOUT) or policy.on_error == "retry"
 
 
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The finite ones: one NaN would be the mean over a whole batch."""
+    numbers = {str(key): float(value) for key, value in metrics.items() if isinstance(value, Real)}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}
+
+
 def _backoff(attempt: int) -> float:
     return min(FIRST_BACKOFF_S * 2.0**attempt, MAX_BACKOFF_S)
 
@@ -306,6 +323,15 @@ def _too_late(entry: Entry, limit: float) -> _Outcome:
 
 def _invalid(entry: Entry, problem: str) -> str:
     return f"Invalid arguments for the tool '{entry.name}': {problem}."
+
+
+def _well_formed(text: str) -> str:
+    """Half of a surrogate pair has no UTF-8 and hence no tokens: U+FFFD takes its place, and two halves become one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _brief(error: BaseException) -> str:
@@ -337,15 +363,14 @@ async def _bounded(awaitable: Awaitable[T], timeout: float | None, what: str) ->
     return task.result()
 
 
-async def _settle(task: asyncio.Task[Any], what: str) -> bool:
-    """Cancel and wait a moment; whether it ended. One that does not is reported and left behind."""
+async def _settle(task: asyncio.Task[Any], what: str) -> None:
+    """Cancel and wait a moment. One that does not end is reported and left behind."""
     task.cancel()
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else asks for it
     if not task.done():
         await asyncio.wait({task}, timeout=CANCEL_GRACE_S)
     if task.done():
         if not task.cancelled() and task.exception() is not None:
             logger.debug("%s: raised while it was cancelled", what, exc_info=task.exception())
-        return True
-    logger.warning("%s does not end although it was cancelled; it is left behind", what)
-    task.add_done_callback(lambda late: late.cancelled() or late.exception())
-    return False
+    else:
+        logger.warning("%s does not end although it was cancelled; it is left behind", what)

@@ -264,7 +264,10 @@ class _Numbers:
 
     def _approximate(self, value: Any, places: int = 30) -> Any:
         """A sympy Float; `ExpressionError` if the value is not real or out of bounds."""
-        number = value.evalf(places, maxn=4 * places)
+        try:
+            number = value.evalf(places, maxn=4 * places)
+        except ArithmeticError as error:  # mpmath divides by what cannot be told from 0
+            raise ExpressionError("the result cannot be computed precisely enough") from error
         if not number.is_Float and not number.is_Rational:
             if number.has(self._sp.I) or value.is_real is False:
                 raise ExpressionError("the result is not a real number")

@@ -28,6 +28,8 @@ class FunctionTool(BaseTool):
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None, schema: Any = None) -> None:
         """`schema` replaces the derived one; `ConfigError` if it clashes with the signature."""
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ConfigError(f"{function.__qualname__} is a generator; a tool returns its answer, it does not yield it")
         self.function = function
         self._arguments = arguments_model(function, hints_required=schema is None)
         derived = of_model(self._arguments)

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field, create_model
 from pydantic.errors import PydanticUserError
 
 from agentloop.errors import ConfigError, nearest
@@ -74,12 +74,12 @@ def _plain(node: Any, definitions: Mapping[str, Any], inside: tuple[str, ...]) -
 
 
 def arguments_model(function: Callable[..., Any], *, hints_required: bool = True) -> type[BaseModel]:
-    """A pydantic model of a function's parameters, described by the `Args:` of its docstring.
+    """A pydantic model of a function's parameters, described by their `Annotated` hints or the docstring's `Args:`.
 
     Raises `ConfigError` for a parameter without a type hint (unless `hints_required` is false: then it takes anything), for
     `*args`, `**kwargs` and positional-only parameters, and for a type that has no JSON schema.
     """
-    label = getattr(function, "__qualname__", repr(function))
+    label = str(getattr(function, "__qualname__", function))
     try:
         hints = get_type_hints(function, include_extras=True)
     except NameError as error:
@@ -92,15 +92,26 @@ def arguments_model(function: Callable[..., Any], *, hints_required: bool = True
         if name not in hints and hints_required:
             raise ConfigError(f"parameter '{name}' of {label} has no type hint")
         default = ... if parameter.default is parameter.empty else parameter.default
+        hint = hints.get(name, Any)
         # An alias lets a parameter have any name: pydantic reserves some (a leading underscore, `model_…`, `schema`).
-        field = Field(default, description=described.get(name), alias=name)
-        fields[f"field_{len(fields)}"] = (hints.get(name, Any), field)
-    try:
-        model = create_model(f"{label} arguments", __config__=ConfigDict(arbitrary_types_allowed=False), **fields)
-        model.model_json_schema()
-    except PydanticUserError as error:
-        raise ConfigError(f"the type hints of {label} have no JSON schema: {str(error).splitlines()[0]}") from error
-    return model
+        field = Field(default, description=_annotated_description(hint) or described.get(name), alias=name)
+        one: dict[str, Any] = {f"field_{len(fields)}": (hint, field)}
+        try:
+            create_model(label, **one).model_json_schema()
+        except PydanticUserError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"the type hint of parameter '{name}' of {label} has no JSON schema: {reason}") from error
+        fields |= one
+    return create_model(f"{label} arguments", **fields)
+
+
+def _annotated_description(hint: Any) -> str | None:
+    """What `Annotated[…, "text"]` or `Annotated[…, Field(description="text")]` says of a parameter."""
+    for metadata in getattr(hint, "__metadata__", ()):
+        text = metadata if isinstance(metadata, str) else getattr(metadata, "description", None)
+        if isinstance(text, str):
+            return text
+    return None
 
 
 _SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Return|Raises|Yields|Example|Examples|Note|Notes):\s*")
@@ -208,6 +219,8 @@ class ArgumentCheck:
     def _problem(self, error: ValidationError, arguments: Mapping[str, Any]) -> list[str]:
         where = ".".join(str(part) for part in error.absolute_path)
         if error.validator == "additionalProperties" and not where:
+            if not self._known:
+                return ["the tool takes no arguments"]
             unknown = [name for name in arguments if name not in self._known]
             return [f"there is no argument '{name[:60]}', {nearest(name[:60], self._known)}" for name in unknown]
         if error.validator == "required":  # one error for each that is missing: "'name' is a required property"

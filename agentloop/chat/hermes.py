@@ -19,6 +19,8 @@ _TAG = re.compile("</?tool_call>|</?think>")
 _CLOSING = re.compile(r"\s*</tool_call>")
 _SPACE = re.compile(r"\s*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_DEPTH = 64
+"""Lists and objects inside each other in the arguments of a call. Whoever copies, checks or records them recurses."""
 
 
 class HermesParser(ToolCallParser):
@@ -157,9 +159,20 @@ def _checked(value: Any) -> ToolCall | str:
             return 'its "arguments" are text, not a JSON object'
     if not isinstance(arguments, dict):
         return f'its "arguments" are {_kind(arguments)}, not a JSON object'
+    if _deeper_than(arguments, _MAX_DEPTH):
+        return "its JSON is nested too deeply"
     if _SURROGATE.search(json.dumps([name, arguments], ensure_ascii=False)):
         return "it has half of a surrogate pair, which is no character"
     return ToolCall(name, arguments)
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    """Whether lists and mappings are nested more than `depth` deep, `value` included; without recursion."""
+    level = [value]
+    for _ in range(depth):
+        children = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in children if isinstance(child, dict | list)]
+    return bool(level)
 
 
 def _kind(value: Any) -> str:

@@ -81,6 +81,7 @@ def test_a_turn_that_begins_in_reasoning() -> None:
         ("<tool_call></tool_call>", "it is empty"),
         ('<tool_call>{"name": "f", "arguments": {}} {}</tool_call>', "something follows the JSON object"),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", "nested too deeply"),
+        ('<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 64 + "]" * 64 + "}}</tool_call>", "nested too deeply"),
         ('{"name": "f", "arguments": {}}</tool_call>', "has no <tool_call> before it"),
     ],
 )

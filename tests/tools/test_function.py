@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
 import pytest
 from pydantic import BaseModel, Field
 
 from agentloop.errors import ConfigError
-from agentloop.tools import FunctionTool, InvalidArguments, ToolResult, load_function_file, tool
+from agentloop.tools import FunctionTool, InvalidArguments, ToolResponse, ToolResult, load_function_file, tool
 from tests.tools.examples import repeat
 
 
@@ -26,6 +29,11 @@ class Even(BaseModel):
     def model_post_init(self, context: Any) -> None:
         if self.n % 2:
             raise ValueError("must be even")
+
+
+@dataclass
+class Circle:
+    radius: float
 
 
 class Tree(BaseModel):
@@ -86,6 +94,21 @@ def test_it_agrees_with_transformers_where_both_apply() -> None:
     assert ours["function"]["description"] == " ".join(theirs["function"]["description"].split())
 
 
+def test_a_parameter_may_be_described_where_it_stands() -> None:
+    def roll(sides: Annotated[int, Field(ge=2, description="of one die")], dice: Annotated[int, "how many"] = 1) -> int:
+        """Roll dice.
+
+        Args:
+            sides: is said above
+        """
+        return sides * dice
+
+    assert parameters(FunctionTool(roll))["properties"] == {
+        "sides": {"type": "integer", "minimum": 2, "description": "of one die"},
+        "dice": {"type": "integer", "description": "how many", "default": 1},
+    }
+
+
 async def test_types_reach_the_function_as_it_names_them() -> None:
     seen: list[Any] = []
 
@@ -121,7 +144,11 @@ async def test_a_type_that_contains_itself_keeps_its_definition() -> None:
         (True, "true", 0.0),
         ({"a": "ä"}, '{"a": "ä"}', 0.0),
         ([1, 2], "[1, 2]", 0.0),
-        (Point(x=1), '{"x":1,"y":0}', 0.0),
+        (Point(x=1), '{"x": 1, "y": 0}', 0.0),
+        (Circle(2.5), '{"radius": 2.5}', 0.0),
+        ({"on": {date(2024, 5, 1)}}, '{"on": ["2024-05-01"]}', 0.0),
+        (date(2024, 5, 1), "2024-05-01", 0.0),
+        (ToolResult(42), "42", 0.0),  # type: ignore[arg-type]
         (("text", 0.5), "text", 0.5),
         (({"a": 1}, None, {"n": 1}), '{"a": 1}', 0.0),
         (ToolResult("text", reward=1.5), "text", 1.5),
@@ -142,6 +169,16 @@ async def test_what_it_may_not_return() -> None:
     def nan() -> Any:
         return "text", float("nan")
 
+    def number_as_text() -> Any:
+        return ToolResponse(text=42)  # type: ignore[arg-type]
+
+    def list_as_metrics() -> Any:
+        return "text", 0.0, ["n"]
+
+    with pytest.raises(TypeError, match=r"must be text, and its '\.text' is of type int"):
+        await FunctionTool(number_as_text).execute("id", {})
+    with pytest.raises(TypeError, match="metrics must be a mapping, not of type list"):
+        await FunctionTool(list_as_metrics).execute("id", {})
     with pytest.raises(TypeError, match="tuple of 4"):
         await FunctionTool(four).execute("id", {})
     with pytest.raises(ValueError, match="finite"):
@@ -190,14 +227,22 @@ def test_signatures_that_are_refused() -> None:
     def positional(a: int, /) -> str:
         return ""
 
-    def odd(a: threading.Thread) -> str:
+    def odd(b: int, a: threading.Thread) -> str:
         return ""
+
+    def lines() -> Iterator[str]:
+        yield ""
+
+    async def later_lines() -> AsyncIterator[str]:
+        yield ""
 
     for function, says in (
         (no_hint, "parameter 'a' of .*no_hint has no type hint"),
         (many, r"parameter '\*words: 'str'"),
         (positional, "parameter 'a: 'int''"),
-        (odd, "odd have no JSON schema"),
+        (odd, "parameter 'a' of .*odd has no JSON schema"),
+        (lines, "lines is a generator"),
+        (later_lines, "later_lines is a generator"),
     ):
         with pytest.raises(ConfigError, match=says):
             FunctionTool(function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator
@@ -174,6 +175,48 @@ async def test_opening_that_is_cancelled_releases_what_was_created() -> None:
     assert slow.released == 0
 
 
+async def test_a_create_that_ends_too_late_is_released_all_the_same() -> None:
+    finish = asyncio.Event()
+
+    class Late(Counter):
+        async def create(self, instance_id: str, start: int = 0) -> None:  # type: ignore[override]
+            while not finish.is_set():
+                try:
+                    await finish.wait()
+                except asyncio.CancelledError:
+                    continue
+            await super().create(instance_id)
+
+    late = Late()
+    session = ToolRegistry.from_tools([late], {"counter": {"timeout": 0.05}}).session(Sample(messages=[]), "row_0")
+    with pytest.raises(ToolInfraError, match=r"took longer than 0\.05 s"):
+        await session.open()
+    await session.close()
+    assert late.log == []
+    finish.set()
+    while len(late.log) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    (created, one), (released, same) = late.log
+    assert (created, released) == ("create", "release") and one == same
+
+
+async def test_a_tool_that_is_created_twice_is_released_twice() -> None:
+    class SecondTry(Counter):
+        async def create(self, instance_id: str, start: int = 0) -> None:  # type: ignore[override]
+            await super().create(instance_id)
+            if len(self.log) == 1:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(3600)
+
+    tool = SecondTry()
+    async with opened(ToolRegistry.from_tools([tool], {"counter": {"timeout": 0.05, "retries": 1}})) as session:
+        assert (await call(session, "counter")).text == "1"
+    assert sorted(instance for what, instance in tool.log if what == "create") == sorted(
+        instance for what, instance in tool.log if what == "release"
+    )
+    assert [what for what, _ in tool.log].count("release") == 2
+
+
 # -- what the model got wrong -----------------------------------------------------------------------------------------------
 
 
@@ -247,6 +290,36 @@ async def test_a_reported_error_is_an_answer() -> None:
         record = await call(session, "divide", {"a": 1, "b": 0})
         assert await session.rewards() == {"tool/divide": -0.5}
     assert (record.status, record.attempts, record.on_error) == (CallStatus.ERROR, 1, "observe")
+
+
+async def test_half_a_character_in_an_answer_is_replaced_and_two_halves_are_one() -> None:
+    @tool
+    def torn(whole: bool) -> str:
+        return "a\ud83d" + ("\ude00" if whole else "!")
+
+    async with opened(ToolRegistry.from_tools([torn])) as session:
+        assert (await call(session, "torn", {"whole": False})).text == "a\ufffd!"
+        assert (await call(session, "torn", {"whole": True})).text == "a\U0001f600"
+
+
+async def test_metrics_that_are_no_finite_numbers_are_left_out() -> None:
+    @tool
+    def measured() -> Any:
+        return "text", 0.0, {"good": 1, "nan": float("nan"), "text": "x"}
+
+    async with opened(ToolRegistry.from_tools([measured])) as session:
+        assert (await call(session, "measured")).metrics == {"good": 1.0}
+
+
+async def test_a_tool_and_a_conversation_without_any() -> None:
+    @tool
+    def plain() -> str:
+        return "text"
+
+    async with opened(ToolRegistry.from_tools([plain])) as session:
+        assert (await call(session, "plain", {"a": 1})).text.endswith(": the tool takes no arguments.")
+    async with opened(ToolRegistry.from_tools([plain]), tools=()) as session:
+        assert (await call(session, "plain")).text == "There is no tool 'plain'; this conversation has no tools"
 
 
 async def test_images_are_refused() -> None:
@@ -404,6 +477,38 @@ async def test_a_tool_that_ignores_cancellation_is_left_behind(
         finish.set()
         await asyncio.sleep(0.01)
         assert (await call(session, "stubborn", {"wait": False})).status is CallStatus.OK
+
+
+async def test_a_tool_keeps_its_place_while_it_runs_even_if_the_call_is_cancelled_twice() -> None:
+    finish = asyncio.Event()
+    running = most = 0
+
+    @tool
+    async def stubborn() -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        while not finish.is_set():
+            try:
+                await finish.wait()
+            except asyncio.CancelledError:
+                continue
+        running -= 1
+        return "done"
+
+    async with opened(ToolRegistry.from_tools([stubborn], {"stubborn": {"max_concurrency": 1}})) as session:
+        first = asyncio.create_task(call(session, "stubborn"))
+        while not running:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(2):
+            first.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        second = asyncio.create_task(call(session, "stubborn"))
+        await asyncio.sleep(0.02)
+        finish.set()
+        assert (await second).status is CallStatus.OK and most == 1
 
 
 async def test_the_event_loop_goes_on_while_a_sync_tool_blocks() -> None:
