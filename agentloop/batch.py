@@ -227,7 +227,7 @@ def _columns(trajectories: Sequence[Trajectory]) -> tuple[dict[str, NDArray[Any]
     extras = [extra_fields(trajectory) for trajectory in trajectories]
     infos = [extra["reward_extra_info"] for extra in extras]
     # verl takes the keys of its first row; a filler has none, and rewards may differ in what they report.
-    blanks = {key: _blank(value) for info in reversed(infos) for key, value in info.items()}
+    blanks = {key: blank(value) for info in reversed(infos) for key, value in info.items()}
     reward_keys = list(dict.fromkeys(key for info in infos for key in info))
     for key in reward_keys:
         columns[key] = np.array([info.get(key, blanks[key]) for info in infos])
@@ -239,7 +239,7 @@ def _columns(trajectories: Sequence[Trajectory]) -> tuple[dict[str, NDArray[Any]
     return columns, reward_keys
 
 
-def _blank(value: Any) -> Any:
+def blank(value: Any) -> Any:
     """What stands for a value of this kind in a row that has none: verl averages numbers and leaves text alone."""
     if isinstance(value, str):
         return ""

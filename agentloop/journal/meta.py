@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from agentloop import __version__
 from agentloop.errors import ConfigError
@@ -18,24 +19,34 @@ PACKAGES = ("agentloop", "numpy", "ray", "sglang", "tokenizers", "torch", "trans
 """Whose versions are recorded."""
 
 
-def next_generation(run_dir: str | Path) -> int:
+def next_generation(run_dir: str | Path, start: str | None = None) -> int:
     """Claim the number of this start of a run: 1 for a new run, one more each time it is resumed.
 
     Called once for a run by whoever starts its writers, and handed to all of them: writers of one generation are merged
-    by the reader, and a step's higher generation supersedes its lower ones. Two callers never get the same number. Raises
-    `ConfigError` if the folder cannot be written.
+    by the reader, and a step's higher generation supersedes its lower ones. Two callers never get the same number, unless
+    they name the same `start`: that is for writers which nobody starts in common, and then the first of them claims it.
+    Raises `ConfigError` if the folder cannot be written.
     """
     run_dir = Path(run_dir)
-    generation = max([0, *_generations(run_dir)]) + 1
+    starts = run_dir / "starts"
     try:
-        (run_dir / "starts").mkdir(parents=True, exist_ok=True)
+        starts.mkdir(parents=True, exist_ok=True)
         while True:
+            if start is not None:
+                for path in starts.glob("g*.json"):
+                    if path.stem[1:].isdigit() and _start_of(path) == start:
+                        return int(path.stem[1:])
+            generation = max([0, *_generations(run_dir)]) + 1
+            # Linked and not written in place: whoever sees the file sees whose it is.
+            claim = starts / f"claim-{uuid4().hex}.part"
+            claim.write_bytes(dump_line({"generation": generation, "started": _now(), "start": start}))
             try:
-                with (run_dir / "starts" / f"g{generation}.json").open("xb") as file:
-                    file.write(dump_line({"generation": generation, "started": _now()}))
-                return generation
+                os.link(claim, starts / f"g{generation}.json")
             except FileExistsError:
-                generation += 1
+                continue
+            finally:
+                claim.unlink()
+            return generation
     except OSError as error:
         raise ConfigError(f"{run_dir}: a journal cannot be written here: {error.strerror}") from error
 
@@ -46,6 +57,7 @@ def write_run(run_dir: Path, generation: int, meta: Mapping[str, Any]) -> None:
     A resumed run keeps the first start's `created`; the rest of `run.json` is the latest start's.
     """
     now = _now()
+    own = run_dir / "starts" / f"g{generation}.json"
     try:
         created = read_run(run_dir).get("created", now)
     except ConfigError:
@@ -57,12 +69,13 @@ def write_run(run_dir: Path, generation: int, meta: Mapping[str, Any]) -> None:
         "created": created,
         "started": now,
         "generation": generation,
+        "start": _start_of(own),
         "packages": package_versions(),
     }
     try:
         (run_dir / "starts").mkdir(parents=True, exist_ok=True)
-        for path in (run_dir / "starts" / f"g{generation}.json", run_dir / "run.json"):
-            partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+        for path in (own, run_dir / "run.json"):
+            partial = path.with_name(f"{path.name}.{uuid4().hex}.part")
             partial.write_bytes(dump_line(document))
             partial.replace(path)
     except OSError as error:
@@ -94,6 +107,15 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _start_of(path: Path) -> str | None:
+    """The name that a start's file was claimed with."""
+    try:
+        document = load_line(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return document.get("start") if isinstance(document, dict) else None
 
 
 def _generations(run_dir: Path) -> list[int]:

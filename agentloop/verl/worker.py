@@ -91,7 +91,7 @@ class RolloutWorker:
                 f"w{index}",
                 generation=generation,
                 decode=token_bytes(tokenizer),
-                meta=_meta(config, self.settings) if index == 0 else None,
+                meta=run_meta(config, self.settings) if index == 0 else None,
             )
             recorders.append(self._journal)
         if self.settings.progress:
@@ -235,7 +235,7 @@ def tokenizer_of(config: Any) -> tuple[Any, str | None]:
     return model.tokenizer, model.custom_chat_template
 
 
-def _meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
+def run_meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
     """What `run.json` says of a run."""
     from omegaconf import OmegaConf
 

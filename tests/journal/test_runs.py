@@ -59,6 +59,20 @@ def test_no_two_starts_have_one_generation(tmp_path: Path) -> None:
     assert sorted(given) == list(range(1, 17))
 
 
+def test_writers_that_nobody_starts_in_common_find_their_generation_together(tmp_path: Path) -> None:
+    names = ["monday", "tuesday", "wednesday"]
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda i: (names[i % 3], next_generation(tmp_path, names[i % 3])), range(24)))
+    assert sorted({generation for _, generation in given}) == [1, 2, 3]
+    assert len(set(given)) == 3
+    generation = dict(given)["tuesday"]
+    with JournalWriter(tmp_path, "w7", generation=generation, meta={"seed": 7}) as writer:
+        conversation(writer, 1)
+    assert next_generation(tmp_path, "tuesday") == generation, "also when its own metadata has been written"
+    assert next_generation(tmp_path) == 4
+    assert sorted(path.name for path in (tmp_path / "starts").iterdir()) == ["g1.json", "g2.json", "g3.json", "g4.json"]
+
+
 def test_validation_is_apart(tmp_path: Path) -> None:
     with JournalWriter(tmp_path, decode=decode) as writer:
         conversation(writer, 1, step=5)
