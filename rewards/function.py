@@ -151,7 +151,7 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     sys.modules[key] = module
     try:
         description.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[key]
         raise ConfigError(f"reward '{spec}': {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
@@ -164,7 +164,7 @@ def _load_module(spec: str, target: str) -> ModuleType:
         if error.name is not None and (target == error.name or target.startswith(f"{error.name}.")):
             raise ConfigError(f"reward '{spec}': there is no module '{error.name}'{_near_module(error.name)}") from error
         raise ConfigError(f"reward '{spec}': {target} cannot be imported: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"reward '{spec}': {target} cannot be imported: {type(error).__name__}: {error}") from error
 
 

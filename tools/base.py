@@ -74,12 +74,19 @@ class ToolSchema(BaseModel):
             return schema
         if hasattr(schema, "model_dump"):
             schema = schema.model_dump(exclude_unset=True, exclude_none=True)
+        from agentloop.tools.schema import misspelt
+
+        if problem := misspelt(schema):
+            raise ConfigError(problem)
         try:
             return cls.model_validate(schema)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(["tool_schema", *map(str, first["loc"])])
-            raise ConfigError(f"key '{key}': {first['msg'].lower()}") from error
+            if first["type"] == "missing":
+                raise ConfigError(f"key '{key}' is missing") from error
+            message = "expected a mapping" if first["type"] in ("model_type", "dict_type") else first["msg"].lower()
+            raise ConfigError(f"key '{key}': {message}, got {first['input']!r:.80}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """As the chat template gets it."""

@@ -113,7 +113,7 @@ def load_function_file(path: str | Path) -> list[Any]:
             module = sys.modules.get(name) or _run(path, name)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from error
     found += [value for value in vars(module).values() if isinstance(value, BaseTool)]
     if not found:

@@ -252,7 +252,7 @@ def _make(raw: Mapping[str, Any], folder: Path) -> Any:
             return cls(config=dict(config), tool_schema=schema)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{class_name} cannot be made from its config: {type(error).__name__}: {error}") from error
 
 
@@ -289,7 +289,7 @@ def _import_module(module_name: str, spec: str, key: str, folder: Path) -> Modul
     importlib.invalidate_caches()
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             hint = _nearest_module(error.name, folder)
             raise ConfigError(f"key '{key}': cannot import '{spec}': there is no module '{error.name}'{hint}") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from jsonschema import Draft202012Validator
@@ -144,6 +145,50 @@ def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
     return " ".join(" ".join(head).split()), {name: " ".join(lines).strip() for name, lines in entries.items()}
 
 
+# -- written by hand ----------------------------------------------------------------------------------------------------
+
+_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+_KEYWORDS = (
+    *Draft202012Validator.VALIDATORS,
+    *("type", "title", "description", "default", "examples", "deprecated", "$defs"),
+    *("additionalItems", "definitions", "example", "id", "nullable"),  # of older drafts and of OpenAPI
+)
+_KEYS = {"tool_schema": ("type", "function"), "tool_schema.function": ("name", "description", "parameters", "strict", "return")}
+
+
+def misspelt(schema: Any) -> str | None:
+    """The first key of a written OpenAI function schema that is nearly a right one, or type that is none; `None` if all is
+    well. Keys that resemble nothing are somebody's own."""
+    if not isinstance(schema, Mapping):
+        return None
+    function = schema.get("function")
+    places: list[tuple[str, Any, Sequence[str]]] = [("tool_schema", schema, _KEYS["tool_schema"])]
+    places.append(("tool_schema.function", function, _KEYS["tool_schema.function"]))
+    if isinstance(function, Mapping):
+        places += _schemas("tool_schema.function.parameters", function.get("parameters"))
+    for place, node, known in places:
+        for key in node if isinstance(node, Mapping) else ():
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
+            if key not in known and close:
+                return f"unknown key '{place}.{key}'; did you mean '{close[0]}'?"
+        declared = node.get("type") if isinstance(node, Mapping) and known is _KEYWORDS else None
+        for name in [declared] if isinstance(declared, str) else declared if isinstance(declared, list) else ():
+            if name not in _TYPES:
+                return f"key '{place}.type' cannot be {name!r}; {nearest(str(name), _TYPES)}"
+    return None
+
+
+def _schemas(place: str, node: Any) -> Iterator[tuple[str, Any, Sequence[str]]]:
+    """A JSON schema and those of its properties and items, each with its place and the keywords that it may have."""
+    if not isinstance(node, Mapping):
+        return
+    yield place, node, _KEYWORDS
+    properties = node.get("properties")
+    for name, body in properties.items() if isinstance(properties, Mapping) else ():
+        yield from _schemas(f"{place}.properties.{name}", body)
+    yield from _schemas(f"{place}.items", node.get("items"))
+
+
 # -- comparing ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,13 +238,17 @@ class ArgumentCheck:
     """
 
     def __init__(self, parameters: Schema) -> None:
-        """Raises `ConfigError` if `parameters` is no valid JSON schema (draft 2020-12)."""
+        """Raises `ConfigError` if `parameters` is no valid JSON schema (draft 2020-12), or requires what it does not name."""
         try:
             Draft202012Validator.check_schema(parameters)
         except SchemaError as error:
             key = ".".join(["tool_schema.function.parameters", *map(str, error.absolute_path)])
             raise ConfigError(f"key '{key}': {error.message}") from error
         self._known = list(parameters.get("properties", {}))
+        for name in parameters.get("required", []):
+            if name not in self._known and not parameters.get("additionalProperties"):
+                where = "key 'tool_schema.function.parameters.required'"
+                raise ConfigError(f"{where}: there is no argument '{name}'; {nearest(name, self._known)}")
         self._validator = Draft202012Validator({"additionalProperties": False, **parameters})
 
     def __call__(self, arguments: Any) -> str | None:

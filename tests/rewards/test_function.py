@@ -195,6 +195,9 @@ def test_a_file_that_does_not_import(tmp_path: Path) -> None:
     path.write_text("def f(:\n")
     with pytest.raises(ConfigError, match="cannot be imported: SyntaxError"):
         load_reward(f"{path}:f")
+    path.write_text("raise SystemExit(3)")
+    with pytest.raises(ConfigError, match="cannot be imported: SystemExit: 3"):
+        load_reward(f"{path}:f")
     assert set(sys.modules) == before
 
 

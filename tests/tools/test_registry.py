@@ -55,6 +55,16 @@ class Sync(Echo):
         return ""
 
 
+class Bare(BaseTool):
+    async def execute(self, instance_id, parameters, **kwargs):
+        return ""
+
+
+class Leaves(Echo):
+    def __init__(self, config, tool_schema):
+        raise SystemExit(3)
+
+
 class Fails(Echo):
     def __init__(self, config, tool_schema):
         raise OSError("no licence key")
@@ -64,6 +74,7 @@ class Fails(Echo):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "own_tools.py").write_text(MODULE)
+    (tmp_path / "leaves.py").write_text("raise SystemExit(4)")
     return tmp_path
 
 
@@ -155,7 +166,24 @@ WRONG = [
     ("- {timeout: 3}", "tool 1: give either 'class_name' or 'function'"),
     ("- {function: 'own_tools:shout', class_name: calculator}", "give either 'class_name' or 'function', not both"),
     ("- calculator", "tool 1: expected a mapping, got 'calculator'"),
-    ("- {class_name: own_tools.Echo, tool_schema: {type: function}}", "key 'tool_schema.function': field required"),
+    ("- {class_name: own_tools.Echo, tool_schema: {type: function}}", "key 'tool_schema.function' is missing"),
+    ("- {class_name: own_tools.Echo, tool_schema: 3}", "key 'tool_schema': expected a mapping, got 3"),
+    (
+        "- {class_name: own_tools.Echo, tool_schema: {type: function, function: {name: echo, paramters: {}}}}",
+        "unknown key 'tool_schema.function.paramters'; did you mean 'parameters'?",
+    ),
+    (
+        "- {class_name: own_tools.Echo, tool_schema: {type: function, function: {name: echo, parameters: "
+        "{properties: {text: {type: array, items: {type: sting}}}}}}}",
+        "key 'tool_schema.function.parameters.properties.text.items.type' cannot be 'sting'; did you mean 'string'?",
+    ),
+    (
+        "- {class_name: own_tools.Bare, tool_schema: {type: function, function: {name: bare, parameters: "
+        "{properties: {text: {type: string}}, required: [txt]}}}}",
+        "key 'tool_schema.function.parameters.required': there is no argument 'txt'; did you mean 'text'?",
+    ),
+    ("- {class_name: own_tools.Leaves}", "own_tools.Leaves cannot be made from its config: SystemExit: 3"),
+    ("- {function: 'leaves:f'}", "cannot import 'leaves:f': SystemExit: 4"),
     (
         "- {function: 'own_tools:shout', tool_schema: {type: function, function: {name: cry, parameters: "
         "{type: object, properties: {txt: {type: string}}, required: [txt]}}}}",
