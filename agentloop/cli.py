@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
-from agentloop.errors import ConfigError
+from agentloop.errors import ConfigError, nearest
 
 _GROUPS = {"tools": "agentloop.commands.tools", "data": "agentloop.commands.data"}
 """Commands with subcommands: the module's `app`."""
@@ -64,10 +65,38 @@ def main() -> None:
     if os.getcwd() not in sys.path:  # as `python -m` does: the user's own tools and rewards are modules there
         sys.path.insert(0, os.getcwd())
     try:
-        build(argument)()
+        status = build(argument)(standalone_mode=False)
     except ConfigError as error:
-        print(f"agentloop: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(str(error))
+    except _CommandLineError as error:
+        _refuse(_sentence(error))
+    else:
+        raise SystemExit(status or 0)
+
+
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
+"""ClickException, which typer does not export: by version it is click's or typer's own."""
+
+
+def _sentence(error: Any) -> str:
+    """What is wrong with the command line, with the nearest right spelling; empty if help was printed instead."""
+    text = " ".join(error.format_message().split()).removesuffix(".")
+    context = getattr(error, "ctx", None)
+    if not text or context is None:
+        return text[:1].lower() + text[1:]
+    if hasattr(error, "possibilities"):
+        options = [name for parameter in context.command.get_params(context) for name in parameter.opts if name[0] == "-"]
+        text = f"unknown option '{error.option_name}'; {nearest(error.option_name, options)}"
+    elif match := re.match(r"No such command '(.*?)'", text):
+        text = f"unknown command '{match[1]}'; {nearest(match[1], context.command.commands)}"
+    _, _, command = context.command_path.partition(" ")
+    return f"{command}: {text[:1].lower()}{text[1:]}" if command else f"{text[:1].lower()}{text[1:]}"
+
+
+def _refuse(sentence: str) -> NoReturn:
+    if sentence:
+        print(f"agentloop: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from agentloop.cli import main
+
 COMMAND = Path(sys.executable).with_name("agentloop")
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart"
 ROW: dict[str, Any] = {
@@ -76,6 +78,33 @@ def test_wrong_input_is_one_sentence_and_exit_status_2(folder: Path, arguments: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("tools explian", "tools: unknown command 'explian'; did you mean 'explain'?"),
+        ("tools list", "tools list: missing argument 'file'"),
+        ("tools explain tools.yaml", "tools explain: missing option '--model'"),
+        ("tools list tools.yaml more", "tools list: got unexpected extra argument"),
+        ("show somewhere --bset", "show: unknown option '--bset'; did you mean '--best'?"),
+        ("show somewhere --step one", "show: invalid value for '--step'"),
+        ("show somewhere --step", "option '--step' requires an argument"),
+        ("train run.yaml --dryrun", "train: unknown option '--dryrun'; did you mean '--dry-run'?"),
+        ("train --config run.yaml", "train: unknown option '--config'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence_too(
+    arguments: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["agentloop", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr()
+    assert (ended.value.code, told.out) == (2, "")
+    (line,) = told.err.splitlines()
+    assert line.startswith("agentloop: ") and sentence in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
         ("tools lint misspelt.yaml", "unknown key 'timeuot'; did you mean 'timeout'?"),
         ("tools lint clash.yaml", "clash.yaml: tool 'add': "),
         ("data lint missing.parquet", "missing.parquet: no such file"),
@@ -91,10 +120,10 @@ def test_a_linter_prints_a_sentence_for_each_problem_and_ends_with_2(folder: Pat
     assert {path.name for path in folder.iterdir()} == set(FILES)
 
 
-def test_an_unknown_command_is_told_the_nearest_one(folder: Path) -> None:
-    done = agentloop(folder, "trian")
-    assert done.returncode == 2
-    assert "No such command 'trian'" in done.stderr and "'train'" in done.stderr
+def test_without_a_command_the_help_is_shown(folder: Path) -> None:
+    done = agentloop(folder)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "Usage: agentloop" in done.stdout and "train" in done.stdout
 
 
 def test_version(folder: Path) -> None:

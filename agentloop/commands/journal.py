@@ -219,7 +219,8 @@ def _open(name: str) -> Run:
     path = Path(name)
     if not path.exists() and len(path.parts) == 1:
         if name not in run_names(RUNS):
-            raise ConfigError(f"no run '{name}' here or under ./{RUNS}; {nearest(name, run_names(RUNS))}")
+            hint = f"; {nearest(name, run_names(RUNS))}" if run_names(RUNS) else ""
+            raise ConfigError(f"no run '{name}' here or under ./{RUNS}{hint}")
         path = RUNS / name
     return Run(path)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from agentloop.errors import ConfigError
+from agentloop.errors import ConfigError, nearest
 
 
 def train(
@@ -25,9 +25,10 @@ def train(
     from agentloop.verl.process import run
 
     given = list(overrides or [])
-    for item in given:
+    for item in (str(config), *given):
         if item.startswith("-"):
-            raise ConfigError(f"unknown option '{item}'; settings of verl are given as key=value")
+            hint = nearest(item, ("--dry-run", "--verbose", "--help"))
+            raise ConfigError(f"train: unknown option '{item}'; {hint} (settings of verl are given as key=value)")
     plan = make_plan(config, given)
     if dry_run:
         variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in plan.env.items())
