@@ -134,11 +134,21 @@ class Fleet:
             left = len(self._alive)
         logger.error("%s; %d of %d rollout workers are left", died, left, len(self._names))
         if self._queue is not None:
-            self._fail(groups)
-            # The worker's last words may come in after the first look.
-            again = threading.Timer(LOOK_AGAIN_S, self._fail, (groups,))
-            again.daemon = True
-            again.start()
+            threading.Thread(target=self._fail_all, args=(groups,), daemon=True).start()
+
+    def _fail_all(self, groups: Mapping[str, str]) -> None:
+        """See to it that all of `groups` have ended; without that the trainer would wait for ever."""
+        looks = 2  # the worker's last words may come in after the first
+        while looks and ray.is_initialized():
+            try:
+                self._fail(groups)
+                looks -= 1
+            except AssertionError:
+                return  # TransferQueue is closed: the run is over
+            except Exception:
+                logger.exception("the groups of a rollout worker that died could not be marked; trying again")
+            if looks:
+                sleep(LOOK_AGAIN_S)
 
     def _fail(self, groups: Mapping[str, str]) -> None:
         """Mark those of `groups` (partition by uid) that have not ended."""

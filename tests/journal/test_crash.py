@@ -96,6 +96,25 @@ def test_sigkill_at_many_points(tmp_path: Path, point: int) -> None:
     kill_while_writing(tmp_path, random.Random(1000 + point))
 
 
+def kill_rollouts(folder: Path, seed: int, times: int) -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.journal.rollouts", str(folder), str(seed), str(times)],
+        cwd=ROOT, capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) > 0, "some were killed in the middle"
+
+
+def test_a_rollout_that_is_killed_and_started_again(tmp_path: Path) -> None:
+    kill_rollouts(tmp_path, seed=0, times=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_a_rollout_that_is_killed_over_and_over(tmp_path: Path, seed: int) -> None:
+    kill_rollouts(tmp_path, seed, times=25)
+
+
 def test_events_torn_at_any_byte(tmp_path: Path) -> None:
     with JournalWriter(tmp_path / "whole", decode=decode) as writer:
         for seed in range(6):
