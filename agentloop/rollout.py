@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 from agentloop.engines.base import Sampling
 from agentloop.errors import ConfigError
@@ -20,7 +22,10 @@ class Rollout:
     """
 
     def __init__(self, loop: AgentLoop, *, max_concurrency: int = 256) -> None:
+        if max_concurrency < 1:
+            raise ConfigError(f"max_concurrency must be at least 1, got {max_concurrency}")
         self.loop = loop
+        self.max_concurrency = max_concurrency
         self._places = asyncio.Semaphore(max_concurrency)
         self._running: set[asyncio.Task[Trajectory]] = set()
 
@@ -34,23 +39,7 @@ class Rollout:
         validate: bool = False,
     ) -> list[Trajectory]:
         """The `n` siblings of one sample, in sibling order. Cancelling it cancels them and waits for their release."""
-        tasks = [
-            asyncio.create_task(self._one(sample, sibling, sampling, step, validate), name=f"{sample.uid}_{sibling}")
-            for sibling in range(n)
-        ]
-        for task in tasks:
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-        try:
-            await asyncio.wait(tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            done = await asyncio.gather(*tasks, return_exceptions=True)
-        for outcome in done:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return [task.result() for task in tasks]
+        return await self._together(self._start(sample, n, sampling, step, validate))
 
     async def run(
         self,
@@ -75,24 +64,62 @@ class Rollout:
 
     async def stream(
         self,
-        samples: Iterable[Sample],
+        samples: Iterable[Sample] | AsyncIterable[Sample],
         n: int = 1,
         *,
         sampling: Sampling | None = None,
         step: int = 0,
         validate: bool = False,
     ) -> AsyncIterator[list[Trajectory]]:
-        """Groups as they end, whichever comes first. All samples are taken at once; leaving early cancels the rest."""
-        tasks = {
-            asyncio.create_task(self.group(sample, n, sampling=sampling, step=step, validate=validate))
-            for sample in _distinct(samples)
-        }
+        """Groups as they end, whichever comes first. Leaving early cancels the rest.
+
+        `samples` may be endless: the next one is taken only while fewer than `max_concurrency` trajectories run or have
+        ended in a group that was not fetched yet.
+        """
+        alive: set[asyncio.Task[Trajectory]] = set()
+        groups: set[asyncio.Task[list[Trajectory]]] = set()
+        ended: asyncio.Queue[asyncio.Task[Any]] = asyncio.Queue()
+        room = asyncio.Event()
+        unfetched = 0  # groups of which nothing runs any more
+
+        def over(siblings: Sequence[asyncio.Task[Trajectory]], task: asyncio.Task[Trajectory]) -> None:
+            nonlocal unfetched
+            alive.discard(task)
+            unfetched += alive.isdisjoint(siblings)
+            room.set()
+
+        async def feed() -> None:
+            seen: set[str] = set()
+            async for sample in _each(samples):
+                if sample.uid in seen:
+                    raise _same_uid(2, sample.uid)
+                seen.add(sample.uid)
+                siblings = self._start(sample, n, sampling, step, validate)
+                alive.update(siblings)
+                for task in siblings:
+                    task.add_done_callback(partial(over, siblings))
+                group = asyncio.create_task(self._together(siblings))
+                groups.add(group)
+                group.add_done_callback(ended.put_nowait)
+                while len(alive) + n * unfetched >= self.max_concurrency:
+                    room.clear()
+                    await room.wait()
+
+        feeder = asyncio.create_task(feed())
+        feeder.add_done_callback(ended.put_nowait)
         try:
-            while tasks:
-                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+            while groups or not feeder.done():
+                task = await ended.get()
+                if task is feeder:
+                    feeder.result()
+                else:
+                    groups.discard(task)
+                    unfetched -= 1
+                    room.set()
                     yield task.result()
+            feeder.result()
         finally:
+            tasks = [feeder, *groups, *alive]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -105,15 +132,55 @@ class Rollout:
         await asyncio.gather(*tasks, return_exceptions=True)
         return len(tasks)
 
+    def _start(
+        self, sample: Sample, n: int, sampling: Sampling | None, step: int, validate: bool
+    ) -> list[asyncio.Task[Trajectory]]:
+        if n < 1:
+            raise ConfigError(f"a group has at least one trajectory, not {n}")
+        tasks = [
+            asyncio.create_task(self._one(sample, sibling, sampling, step, validate), name=f"{sample.uid}_{sibling}")
+            for sibling in range(n)
+        ]
+        for task in tasks:
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        return tasks
+
+    @staticmethod
+    async def _together(tasks: Sequence[asyncio.Task[Trajectory]]) -> list[Trajectory]:
+        try:
+            await asyncio.wait(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            done = await asyncio.gather(*tasks, return_exceptions=True)
+        for outcome in done:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [task.result() for task in tasks]
+
     async def _one(self, sample: Sample, sibling: int, sampling: Sampling | None, step: int, validate: bool) -> Trajectory:
         async with self._places:
             return await self.loop.run(sample, sampling=sampling, sibling=sibling, step=step, validate=validate)
 
 
 def _distinct(samples: Iterable[Sample]) -> list[Sample]:
-    """The samples. `ConfigError` if two have one `uid`: their trajectories could not be told apart, nor their records."""
     taken = list(samples)
     for uid, count in Counter(sample.uid for sample in taken).items():
         if count > 1:
-            raise ConfigError(f"{count} samples of one rollout have the uid '{uid}'; give each its own, and siblings by n")
+            raise _same_uid(count, uid)
     return taken
+
+
+def _same_uid(count: int, uid: str) -> ConfigError:
+    """Trajectories of two samples with one `uid` could not be told apart, nor their records."""
+    return ConfigError(f"{count} samples of one rollout have the uid '{uid}'; give each its own, and siblings by n")
+
+
+async def _each(samples: Iterable[Sample] | AsyncIterable[Sample]) -> AsyncIterator[Sample]:
+    if isinstance(samples, AsyncIterable):
+        async for sample in samples:
+            yield sample
+    else:
+        for sample in samples:
+            yield sample

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
 
+from agentloop.engines.scripted import ScriptedTurn
 from agentloop.errors import ConfigError
 from agentloop.journal.base import NullRecorder
 from agentloop.rollout import Rollout
 from agentloop.trajectory import EndReason, Sample, Trajectory
-from tests.test_loop import END, SAMPLE, Probe, ScriptedTurn, Setup, call
+from tests.test_loop import END, SAMPLE, Probe, Setup, call
 
 
 class Ends(NullRecorder):
@@ -113,3 +115,63 @@ async def test_leaving_a_stream_early_cancels_the_rest(tokenizer: Any) -> None:
     await stream.aclose()  # type: ignore[attr-defined]
     assert setup.engine.in_flight == 0
     assert [t.end_reason for t in recorder.ended] == [EndReason.FINAL_ANSWER, EndReason.ABORTED]
+
+
+async def test_a_stream_takes_samples_only_as_far_as_there_is_room(tokenizer: Any) -> None:
+    taken: list[str] = []
+
+    async def endless() -> AsyncIterator[Sample]:
+        for number in count():
+            await asyncio.sleep(0)
+            taken.append(f"s{number}")
+            yield sample(taken[-1])
+
+    setup = Setup(tokenizer, lambda *_: ScriptedTurn(text="ok" + END))
+    stream = Rollout(setup.loop, max_concurrency=4).stream(endless(), 2)
+    seen = []
+    async for group in stream:
+        seen.append(group[0].sample.uid)
+        await asyncio.sleep(0.05)  # the reader is slow: what has ended and was not fetched counts too
+        assert len(taken) <= len(seen) + 2
+        if len(seen) == 6:
+            break
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert sorted(seen) == [f"s{number}" for number in range(6)]
+    assert setup.engine.in_flight == 0
+
+
+async def test_a_straggler_does_not_hold_the_places_of_its_siblings_in_a_stream(tokenizer: Any) -> None:
+    def script(ids: Any, sampling: Any, key: str) -> Any:
+        return ScriptedTurn(text="ok" + END, delay_s=60 if "s0_1" in key else 0.0)
+
+    setup = Setup(tokenizer, script)
+    stream = Rollout(setup.loop, max_concurrency=3).stream((sample(f"s{number}") for number in range(5)), 2)
+    seen = []
+    async for group in stream:
+        seen.append(group[0].sample.uid)
+        if len(seen) == 4:
+            break
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert sorted(seen) == ["s1", "s2", "s3", "s4"]
+
+
+async def test_what_a_source_of_samples_raises_ends_the_stream(tokenizer: Any) -> None:
+    def torn() -> Iterator[Sample]:
+        yield sample("a")
+        raise OSError("the disk is gone")
+
+    recorder = Ends()
+    setup = Setup(tokenizer, [ScriptedTurn(text="ok" + END, delay_s=60)], recorder=recorder)
+    with pytest.raises(OSError, match="the disk is gone"):
+        async for _ in Rollout(setup.loop).stream(torn()):
+            pass
+    assert [t.end_reason for t in recorder.ended] == [EndReason.ABORTED]
+
+
+async def test_a_stream_of_nothing_and_numbers_that_make_no_sense(tokenizer: Any) -> None:
+    setup = Setup(tokenizer, ["ok" + END])
+    assert [group async for group in Rollout(setup.loop).stream([])] == []
+    with pytest.raises(ConfigError, match="at least one trajectory, not 0"):
+        await Rollout(setup.loop).group(sample("a"), 0)
+    with pytest.raises(ConfigError, match="max_concurrency must be at least 1, got 0"):
+        Rollout(setup.loop, max_concurrency=0)
