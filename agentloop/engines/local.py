@@ -204,6 +204,11 @@ class LocalEngine(Engine):
         if self._thread is not None and not self._closed:
             await self._ask(self._batch.abort_all)
 
+    async def abort(self, trajectory_id: str) -> None:
+        """`abort_all` for the requests of one trajectory."""
+        if self._thread is not None and not self._closed:
+            await self._ask(lambda: self._batch.abort_all(trajectory_id))
+
     async def pause(self) -> None:
         await self._ask(lambda: setattr(self._batch, "paused", True))
 

@@ -126,10 +126,15 @@ class Batch:
                 self._settle()
                 return
 
-    def abort_all(self) -> None:
-        waiting, self._waiting = self._waiting, deque()
+    def abort_all(self, trajectory_id: str | None = None) -> None:
+        """Answer every request with the tokens so far; of one trajectory only, if it is given."""
+        waiting, others = list[Request](), deque[Request]()
+        for request in self._waiting:
+            (waiting if trajectory_id in (None, request.trajectory_id) else others).append(request)
+        self._waiting = others
         for row in self._active():
-            self._finish(row, StopReason.ABORTED)
+            if trajectory_id in (None, row.trajectory_id):
+                self._finish(row, StopReason.ABORTED)
         self._settle()
         for request in waiting:
             version = self.version

@@ -1,0 +1,165 @@
+"""What concerns all servers at once: pausing, weights, memory, the prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentloop.engines.sglang_server.config import SGLangServerConfig, UpdateMode
+from agentloop.engines.sglang_server.http import Http, ServerLost, ServerRefused
+from agentloop.engines.sglang_server.replicas import Replica, Replicas
+from agentloop.engines.sglang_server.workers import number
+from agentloop.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The weights that every server should have."""
+
+    path: str
+    version: int
+    load_format: str | None = None
+
+
+class Control:
+    """Requests to every worker of every replica that is up.
+
+    A worker that cannot be reached is ejected with its replica and catches up when it comes back. One that refuses is an
+    `EngineError`.
+    """
+
+    def __init__(
+        self, config: SGLangServerConfig, http: Http, replicas: Replicas, identify: Callable[[Replica], Awaitable[None]]
+    ) -> None:
+        self._config = config
+        self._http = http
+        self._replicas = replicas
+        self._identify = identify
+        self.target: Target | None = None
+        """Set by the first update; before it servers keep the weights that they were started with."""
+        self.changing = False
+        """Weights are being updated."""
+
+    async def everywhere(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST to all workers that are up; their answers by address."""
+        return await self._each(lambda worker: self._post(worker, path, body), path)
+
+    async def flush_cache(self) -> None:
+        """Drop the prefix caches. Raises `EngineError` if a server has requests: SGLang flushes none then."""
+        await self.everywhere("/flush_cache", {})
+
+    async def pause_generation(self, mode: UpdateMode) -> None:
+        await self.everywhere("/pause_generation", {"mode": mode})
+
+    async def continue_generation(self) -> None:
+        await self.everywhere("/continue_generation", {})
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """SGLang frees memory only while it has no request, and ends itself otherwise; so generation is paused first, and
+        stays so: the health checks of others would wake it."""
+        await self.everywhere("/pause_generation", {"mode": "abort"})
+        await self.everywhere("/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str], *, awake: bool) -> None:
+        await self.everywhere("/resume_memory_occupation", {"tags": list(tags)})
+        if awake:
+            await self.continue_generation()
+
+    async def update_weights_from_disk(self, target: Target, *, asleep: bool) -> None:
+        """Bring all servers to `target`. Afterwards it holds for those that come back, too.
+
+        Raises `EngineError` if no server took it (all keep what they have) or some refused it (those get no more requests).
+        """
+        self.changing = True
+        try:
+            answers: dict[str, EngineError | None] = await self._each(
+                lambda worker: self._try_update(worker, target, self._config.update_mode, paused=asleep), "the weight update"
+            )
+            refused = {worker: error for worker, error in answers.items() if error is not None}
+            if len(refused) < len(answers):
+                self.target = target
+            for replica in self._replicas.all:
+                if not replica.up or any(worker not in answers for worker in replica.workers):
+                    continue
+                errors = [refused[worker] for worker in replica.workers if worker in refused]
+                if not errors:
+                    replica.version = str(target.version)
+                elif len(refused) < len(answers):
+                    self._replicas.failed(replica, str(errors[0]), decisive=True)
+            if refused:
+                raise EngineError("; ".join(str(error) for error in refused.values()))
+        finally:
+            self.changing = False
+
+    async def catch_up(self, worker: str, version: str) -> None:
+        """Give a worker that reports `version` the weights of the last update, if it has older ones. Newer ones come from
+        somebody else's update and stay."""
+        if self.target is None:
+            return
+        has = number(version)
+        if has is not None and has >= self.target.version:
+            return
+        logger.warning("%s has weights '%s': bringing it to version %d", worker, version, self.target.version)
+        error = await self._try_update(worker, self.target, "abort", paused=False)
+        if error is not None:
+            raise EngineError(
+                f"has weights '{version}' and could not be brought to version {self.target.version}: {error}"
+            ) from error
+
+    async def _try_update(self, worker: str, target: Target, mode: UpdateMode, *, paused: bool) -> EngineError | None:
+        """Pause, update, go on; the error if the worker refused. With requests in flight SGLang cannot flush its cache and
+        would end itself over it, so only `abort` flushes."""
+        body = {
+            "model_path": target.path,
+            "weight_version": str(target.version),
+            "flush_cache": mode == "abort",
+        }
+        if target.load_format is not None:
+            body["load_format"] = target.load_format
+        if not paused:
+            await self._post(worker, "/pause_generation", {"mode": mode})
+        try:
+            answer = await self._post(worker, "/update_weights_from_disk", body)
+        except ServerRefused as error:
+            return error
+        finally:
+            if not paused:
+                await self._post(worker, "/continue_generation", {})
+        if not (isinstance(answer, dict) and answer.get("success")):
+            return EngineError(f"{worker}: the weight update failed: {answer}")
+        return None
+
+    async def _post(self, worker: str, path: str, body: dict[str, Any]) -> Any:
+        return await self._http.post(worker, path, body, timeout_s=self._config.control_timeout_s)
+
+    async def _each(self, act: Callable[[str], Awaitable[Any]], what: str) -> dict[str, Any]:
+        """`act` on all workers of the replicas that are up, side by side; the results by worker. Those that are lost eject
+        their replica. Raises the first `EngineError`, and one if no worker is left."""
+        answers: dict[str, Any] = {}
+        errors: list[EngineError] = []
+
+        async def one(replica: Replica) -> None:
+            try:
+                await self._identify(replica)
+                for worker, answer in zip(
+                    replica.workers, await asyncio.gather(*map(act, replica.workers), return_exceptions=True), strict=True
+                ):
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    answers[worker] = answer
+            except ServerLost as error:
+                self._replicas.failed(replica, error.why, decisive=True)
+            except EngineError as error:
+                errors.append(error)
+
+        await asyncio.gather(*(one(replica) for replica in self._replicas.all if replica.up))
+        if errors:
+            raise errors[0]
+        if not answers:
+            raise EngineError(f"{what}: no server answers: {self._replicas.errors()}")
+        return answers
