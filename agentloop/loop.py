@@ -84,6 +84,12 @@ def _hash(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
 
 
+def _is_cancelled() -> bool:
+    """Whether somebody cancels the task that runs; else a `CancelledError` is a failure of whoever raises it."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 class _End(Exception):
     """Ends the trajectory from wherever it is."""
 
@@ -202,6 +208,7 @@ class AgentLoop:
                 trajectory.end_reason, trajectory.error = EndReason.TOOL_FAILURE, again.error
                 if trajectory.attempt < config.max_resamples:
                     resample = again
+            trajectory.check()
             await self._finish(run, discard=resample is not None)
         except asyncio.CancelledError:
             self._abandon(trajectory, EndReason.ABORTED, State.ABORTED, "cancelled")
@@ -329,7 +336,12 @@ class AgentLoop:
         limit = min(run.deadline, clock.time() + config.deadlines.generate_s)
         try:
             async with asyncio.timeout_at(limit) as timeout:
-                answer = await self._ask(trajectory.input_ids, sampling, run.key)
+                try:
+                    answer = await self._ask(trajectory.input_ids, sampling, run.key)
+                except asyncio.CancelledError as error:
+                    if _is_cancelled():
+                        raise
+                    raise EngineError("the engine cancelled the request") from error
         except TimeoutError as error:
             if not timeout.expired():  # the engine's own
                 raise _End(EndReason.ENGINE_FAILURE, f"the engine timed out: {error}") from error
@@ -504,7 +516,9 @@ class AgentLoop:
                 limit = asyncio.get_running_loop().time() + config.deadlines.score_s
                 async with asyncio.timeout_at(limit if late else min(limit, run.deadline)) as timeout:
                     trajectory.reward = await self._score(run)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
             if timeout is not None and timeout.expired():
                 self._score_failed(trajectory, "scoring took longer than its deadline")
             else:
@@ -528,10 +542,11 @@ class AgentLoop:
                 raise TypeError(f"it answered {reward!r}, which is no Reward")
             if not math.isfinite(reward.value):
                 raise ValueError(f"its value is {reward.value}, which is no finite number")
-        if not from_tools or (reward is None and self.config.tool_rewards == "record"):
-            return reward
+        add = self.config.tool_rewards == "add" and run.session is not None
+        if reward is None and not add:
+            return None
         value, components, info = (reward.value, reward.components, reward.info) if reward else (0.0, {}, {})
-        if self.config.tool_rewards == "add":
+        if add:
             value += sum(from_tools.values())
         return Reward(value, {**components, **from_tools}, info)
 

@@ -485,6 +485,13 @@ async def test_without_a_reward_function_the_tools_rewards_do_not_score(tokenize
     t = await Setup(tokenizer, [call() + END, "ok" + END], reward=None, config=LoopConfig(tool_rewards="add")).run()
     assert t.reward.value == 1.25
 
+    class Worthless(Probe):
+        async def calc_reward(self, instance_id: str, **kwargs: Any) -> float:
+            return 0.0
+
+    t = await Setup(tokenizer, ["ok" + END], Worthless(), reward=None, config=LoopConfig(tool_rewards="add")).run()
+    assert t.reward == Reward(0.0), "tools that gave nothing sum up to 0"
+
 
 async def test_an_attempt_that_is_started_anew_is_not_scored(tokenizer: Any) -> None:
     ended: list[Trajectory] = []

@@ -122,7 +122,8 @@ def _end(console: Console, recorded: RecordedTrajectory) -> None:
     for name, value in recorded.reward.components.items():
         _line(console, f"  {name}: {value:g}")
     for name, info in recorded.reward.info.items():
-        _line(console, f"  {name}: {_json(info)}")
+        if recorded.reward.components.get(name) != info:  # verl's numbers are components and info
+            _line(console, f"  {name}: {_json(info)}")
     if recorded.sample.ground_truth is not None:
         _line(console, f"ground truth: {_json(recorded.sample.ground_truth)}")
 

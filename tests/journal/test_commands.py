@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from agentloop.commands import journal as commands
 from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter, Run
 from agentloop.journal.show import show_trajectory, visible
-from agentloop.trajectory import CallRecord, CallStatus, ToolCall
+from agentloop.trajectory import CallRecord, CallStatus, Reward, ToolCall
 from tests.journal.conversations import conversation, decode
 
 
@@ -82,6 +83,16 @@ def test_show_prints_the_last_the_best_the_worst_or_the_named(runs: Path) -> Non
         'ground truth: {"answer": 3}',
     ):
         assert part in shown, part
+
+
+def test_show_names_a_number_once_that_is_component_and_info(runs: Path) -> None:
+    recorded = Run(runs / "quickstart").load("u3_3")
+    reward = Reward(0.5, {"acc": 0.5, "len": 3.0}, {"acc": 0.5, "len": "three", "pred": "7"})
+    out = io.StringIO()
+    show_trajectory(Console(file=out), dataclasses.replace(recorded, reward=reward))
+    lines = out.getvalue().splitlines()
+    at = lines.index("reward: 0.5")
+    assert lines[at + 1 : at + 5] == ["  acc: 0.5", "  len: 3", '  len: "three"', '  pred: "7"']
 
 
 def test_show_tokens_shows_each_token_with_its_origin(runs: Path) -> None:
