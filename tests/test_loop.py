@@ -580,6 +580,38 @@ async def test_cancelling_releases_everything(tokenizer: Any) -> None:
     assert [(t.state, t.end_reason, t.masked) for t in ended] == [(State.ABORTED, EndReason.ABORTED, True)] * 4
 
 
+async def test_a_cancelled_error_that_nobody_asked_for_is_a_failure_of_who_raises_it(tokenizer: Any) -> None:
+    class Cancels(ScriptedEngine):
+        async def generate(self, ids: Any, sampling: Sampling, *, trajectory_id: str) -> Any:
+            if trajectory_id.endswith("_1"):
+                raise asyncio.CancelledError
+            return await super().generate(ids, sampling, trajectory_id=trajectory_id)
+
+    async def reward(trajectory: Trajectory, sample: Sample, text: str) -> Reward:
+        if trajectory.sibling == 2:
+            raise asyncio.CancelledError
+        return Reward(1.0)
+
+    setup = Setup(tokenizer, ["ok" + END], reward=reward)
+    setup.loop.engine = Cancels(["ok" + END], encode=setup.encode)
+    group = await Rollout(setup.loop).group(SAMPLE, 4)
+    assert [t.masked for t in group] == [False, True, True, False]
+    assert (group[1].end_reason, group[1].error) == (EndReason.ENGINE_FAILURE, "the engine cancelled the request")
+    assert (group[2].state, group[2].reward) == (State.FAILED, None) and "CancelledError" in str(group[2].error)
+
+
+async def test_an_engine_that_changes_the_tokens_that_it_was_given_is_found_out(tokenizer: Any) -> None:
+    class Overwrites(ScriptedEngine):
+        async def generate(self, ids: Any, sampling: Sampling, *, trajectory_id: str) -> Any:
+            ids[0] += 1
+            return await super().generate(ids, sampling, trajectory_id=trajectory_id)
+
+    setup = Setup(tokenizer, ["ok" + END])
+    setup.loop.engine = Overwrites(["ok" + END], encode=setup.encode)
+    with pytest.raises(LedgerError, match="token buffer differs"):
+        await setup.run()
+
+
 async def test_the_concurrency_limit_holds(tokenizer: Any) -> None:
     most = 0
 

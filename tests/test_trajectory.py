@@ -239,6 +239,7 @@ def test_the_audit_finds_what_was_changed_behind_its_back() -> None:
 
     cases: list[tuple[Callable[[Trajectory], object], str]] = [
         (lambda t: t.input_ids.append(1), "token buffer differs"),
+        (lambda t: t.input_ids.__setitem__(1, 99), "token buffer differs"),
         (lambda t: replace_segment(t, 1, ids=(20, 99)), "token buffer differs"),
         (lambda t: t._segments.pop(), "token buffer differs"),
         (lambda t: t._segments.pop(2), "a segment starts at 6"),

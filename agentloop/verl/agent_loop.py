@@ -15,7 +15,7 @@ itself and knows no masked one, see `AgentloopAgentLoop.run`.
 from __future__ import annotations
 
 import asyncio
-import random
+import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -110,7 +110,7 @@ class AgentloopAgentLoop(AgentLoopBase):  # type: ignore[misc]
         )
         # The legacy worker does not say which sibling this is; two of them must not share their seeds, nor their records.
         legacy = "session_id" not in kwargs
-        sibling = random.getrandbits(31) if legacy else int(kwargs["session_id"])
+        sibling = secrets.randbits(31) if legacy else int(kwargs["session_id"])
         trajectory = await self.process.run(sample, sampling=sampling, sibling=sibling, step=step, validate=validate)
         return self.output(trajectory, log_probs=sampling.log_probs, legacy=legacy)
 

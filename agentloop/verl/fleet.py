@@ -70,9 +70,9 @@ class Fleet:
         for index, call in calls.items():
             try:
                 unfinished = ray.get(call)
-            except ActorUnavailableError:
-                continue  # a broken connection; the watcher finds out what is behind it
             except RayActorError as error:
+                # With a broken connection nobody knows whether the groups have arrived, so the worker goes.
+                ray.kill(actors[index])
                 self._lost(index, error)
                 continue
             with self._lock:

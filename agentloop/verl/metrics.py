@@ -51,7 +51,7 @@ def metrics(summaries: Iterable[Summary], *, failed_groups: int = 0) -> dict[str
     """
     counts: Counter[str] = Counter({f"end/{reason.value}": 0 for reason in EndReason})
     counts.update({f"tools/{status.value}": 0 for status in CallStatus})
-    counts["failed_groups"] = failed_groups
+    counts.update(trajectories=0, masked=0, resampled=0, parse_failures=0, failed_groups=failed_groups)
     each: dict[str, list[float]] = {}
     for summary in summaries:
         counts.update(summary["counts"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentloop.batch import row_key, to_rows
+from agentloop.config import LoopConfig
 from agentloop.engines.base import Sampling
 from agentloop.errors import ConfigError
 from agentloop.journal.base import Recorder, Tee
@@ -22,6 +23,8 @@ from agentloop.verl.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
+REPORT_AGAIN_S = (0.5, 2.0, 8.0)
+"""Waits before a group's end is told again, if that failed."""
 FLUSH_S = 30.0
 """How long a group's end waits for the journal."""
 
@@ -122,9 +125,9 @@ class RolloutWorker:
     async def _group(self, request: GroupRequest) -> None:
         """One group from `running` to `finished` or `failure`. Whatever happens in it stays in it."""
         uid, partition = request.sample.uid, request.partition
-        await self._queue.async_kv_put(key=uid, partition_id=partition, tag={"status": "running"})
         tag: dict[str, Any] = {"status": "failure"}
         try:
+            await self._queue.async_kv_put(key=uid, partition_id=partition, tag={"status": "running"})
             trajectories = await self.run(request)
             tag[SUMMARY] = summarize(trajectories)
             left = [trajectory for trajectory in trajectories if not trajectory.masked]
@@ -133,13 +136,22 @@ class RolloutWorker:
                 tag["status"] = "finished"
             else:
                 logger.warning("%s", _too_few(request, trajectories))
-        except Exception:
+        except (Exception, asyncio.CancelledError):
+            # A cancelled group must be told of too: the trainer waits for every one.
             logger.exception("group %s of step %d failed", uid, request.step)
         self._running -= 1
         if not self._running:
             # The trainer may end the run as soon as it has its last group, and this process with it.
             await self.flush()
-        await self._queue.async_kv_put(key=uid, partition_id=partition, tag=tag)
+        for wait in (*REPORT_AGAIN_S, None):
+            try:
+                await self._queue.async_kv_put(key=uid, partition_id=partition, tag=tag)
+                return
+            except Exception:
+                logger.exception("group %s of step %d ended as %s, which could not be told", uid, request.step, tag["status"])
+                if wait is None:
+                    raise
+                await asyncio.sleep(wait)
 
     async def _put(self, trajectories: Sequence[Trajectory], partition: str) -> None:
         from verl.utils.tensordict_utils import list_of_dict_to_tensordict
@@ -219,7 +231,7 @@ def build_loop(
         load_parser(settings.parser, first),
         tools=tools,
         reward=None if reward_handles is None else VerlReward(reward_handles),
-        config=settings.loop,
+        config=settings.loop if reward_handles is not None else _scored_by_the_trainer(settings.loop),
         recorder=recorder,
         seed=settings.seed,
     )
@@ -268,6 +280,15 @@ def _for_verl(fields: dict[str, Any], trajectory: Trajectory) -> dict[str, Any]:
     extra = dict(fields["extra_fields"])
     extra["reward_extra_info"] = {**extra["reward_extra_info"], **went}
     return {**fields, "extra_fields": extra}
+
+
+def _scored_by_the_trainer(loop: LoopConfig) -> LoopConfig:
+    """Without what would give some trajectories a reward of ours: the rows of a batch are scored all or none."""
+    actions = loop.on_cutoff.model_dump()
+    scored = {reason: "score" for reason, action in actions.items() if action == "penalty"}
+    if scored or loop.tool_rewards == "add":
+        logger.warning("agentloop.loop: the trainer scores the batch itself, so tool_rewards=add and penalties have no effect")
+    return loop.model_copy(update={"tool_rewards": "record", "on_cutoff": loop.on_cutoff.model_copy(update=scored)})
 
 
 def _too_few(request: GroupRequest, trajectories: Sequence[Trajectory]) -> str:

@@ -17,7 +17,7 @@ from agentloop.errors import ConfigError, EngineError
 from agentloop.loop import AgentLoop
 from agentloop.rollout import Rollout
 from agentloop.trajectory import Reward, Sample, StopReason, Trajectory
-from agentloop.verl.worker import GroupRequest, RolloutWorker
+from agentloop.verl.worker import GroupRequest, RolloutWorker, build_loop
 from tests.verl.support import verl_config
 
 
@@ -159,6 +159,46 @@ async def test_a_bug_fails_its_group_and_no_other(tokenizer: Any, caplog: pytest
     await made.submit([request()])
     await drain(made)
     assert queue.status[-1] == "finished"
+
+
+async def test_a_group_ends_for_the_trainer_whatever_happens_to_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable(Queue):
+        """Fails the first two times that a group's end is told."""
+
+        failures = 2
+
+        async def async_kv_put(self, key: str, partition_id: str, tag: dict[str, Any]) -> None:
+            if tag["status"] in ("finished", "failure") and self.failures:
+                self.failures -= 1
+                raise ConnectionError("the queue is away")
+            await super().async_kv_put(key, partition_id, tag)
+
+    monkeypatch.setattr("agentloop.verl.worker.REPORT_AGAIN_S", (0.0, 0.0, 0.0))
+    queue: Queue = Unreachable()
+    made = worker(tokenizer, queue)
+    await made.submit([request()])
+    await drain(made)
+    assert queue.status == ["running", "finished"]
+
+    made = worker(tokenizer, queue := Queue())
+    await made.submit([request()])
+    while not made.rollout._running:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert await made.rollout.cancel() == 4
+    await drain(made)
+    assert queue.status == ["running", "failure"]
+
+
+async def test_where_the_trainer_scores_no_row_has_a_reward_of_ours(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from agentloop.verl.settings import read_settings
+
+    given = {"tool_rewards": "add", "on_cutoff.token_limit": "penalty"}
+    settings = read_settings(verl_config(**{f"agentloop.loop.{key}": value for key, value in given.items()}))
+    assert build_loop(None, settings, tokenizer, reward_handles=[None]).config == settings.loop
+    assert "the trainer scores the batch itself" not in caplog.text
+    loop = build_loop(None, settings, tokenizer)
+    assert (loop.config.tool_rewards, loop.config.on_cutoff.token_limit) == ("record", "score")
+    assert "the trainer scores the batch itself" in caplog.text
 
 
 def test_rows_and_requests_of_a_v1_batch() -> None:
