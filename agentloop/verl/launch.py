@@ -325,6 +325,8 @@ def _check(config: Any, path: str, run: RunFile) -> None:
 
 
 def _environment(run: RunFile, config: Any) -> dict[str, str]:
+    from omegaconf import OmegaConf
+
     import agentloop
 
     env = {name: value for name, value in DEFAULT_ENV.items() if name not in os.environ}
@@ -332,6 +334,9 @@ def _environment(run: RunFile, config: Any) -> dict[str, str]:
     env["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys([*modules, "agentloop.verl.plugin"]))
     if run.platform == "cpu":
         env["VERL_PLATFORM"] = "cpu"
+        # Hidden from CUDA, and as many as Ray is told of: it refuses an empty list when it is to count some.
+        count = OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus") or 1
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * int(count))
         if "OMP_NUM_THREADS" not in os.environ:
             env["OMP_NUM_THREADS"] = str(min(os.cpu_count() or 1, 8))
     if os.path.isdir(str(config.actor_rollout_ref.model.path)) and "HF_HUB_OFFLINE" not in os.environ:

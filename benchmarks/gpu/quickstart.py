@@ -1,8 +1,8 @@
 """The quickstart's training through verl with SGLang on one or two GPUs: does it learn, and do the two sides agree?
 
-`python -m benchmarks.gpu.quickstart sync|colocate_async|two_gpus` trains (about 6 minutes, most of it start-up) and reports
-the held-out accuracy before and after, and per step how far the log-probabilities of rollout and trainer are apart, as verl
-measures it (`training/rollout_*`).
+`python -m benchmarks.gpu.quickstart sync|colocate_async|two_gpus|separate_async` trains (about 6 minutes, most of it
+start-up) and reports the held-out accuracy before and after, and per step how far the log-probabilities of rollout and
+trainer are apart, as verl measures it (`training/rollout_*`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ MODES: dict[str, list[str]] = {
         "trainer.n_gpus_per_node=2",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64",
+    ],
+    # Training on one GPU and rollout on the other; weights travel through NCCL (verl's engine for it needs cupy).
+    "separate_async": [
+        "trainer.v1.trainer_mode=separate_async",
+        "trainer.v1.separate_async.parameter_sync_step=1",
+        "actor_rollout_ref.hybrid_engine=false",
+        "actor_rollout_ref.rollout.nnodes=1",
+        "actor_rollout_ref.rollout.n_gpus_per_node=1",
+        "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+        *CORRECTION,
     ],
 }
 SHOWN = {

@@ -23,13 +23,15 @@ from agentloop.chat import load_parser, load_renderer
 from agentloop.config import LoopConfig, load_yaml, validate
 from agentloop.engines.base import Sampling
 from agentloop.engines.local import LocalEngine
+from agentloop.errors import ConfigError
 from agentloop.loop import AgentLoop
 from agentloop.rewards.function import FunctionReward
 from agentloop.rollout import Rollout
 from agentloop.tools.registry import ToolRegistry
 from agentloop.trajectory import CallStatus, EndReason, Sample, Trajectory
+from agentloop.verl.check import check_model
 from examples.quickstart.conversation import messages
-from examples.quickstart.make_data import HELD_OUT_ROWS, held_out
+from examples.quickstart.make_data import HELD_OUT_ROWS, held_out, positive
 from examples.quickstart.reward import compute_score
 from examples.quickstart.task import Problem
 
@@ -135,7 +137,10 @@ async def roll_out(
 def evaluate(
     folder: Path, problems: Sequence[Problem], *, tool: ToolMode = "right", temperature: float = 0.0, n: int = 1, **kwargs: Any
 ) -> Report:
-    """Load the model in `folder` and measure it; further arguments are `roll_out`'s."""
+    """Load the model in `folder` and measure it; further arguments are `roll_out`'s. `ConfigError` if it holds no model."""
+    if not folder.is_dir():
+        raise ConfigError(f"model: '{folder}' is no model folder")
+    check_model(folder, "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="sdpa")
     groups = asyncio.run(roll_out(model, tokenizer, problems, tool=tool, temperature=temperature, n=n, **kwargs))
@@ -159,20 +164,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a model on the held-out problems of the quickstart.")
     parser.add_argument("model", type=Path, nargs="?", default=MODEL)
     parser.add_argument("--tool", choices=list(TOOLS), default="right", help="the calculator, one that is wrong, or none")
-    parser.add_argument("--problems", type=int, default=HELD_OUT_ROWS)
+    parser.add_argument("--problems", type=positive, default=HELD_OUT_ROWS)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--n", type=int, default=1, help="trajectories for every problem")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--n", type=positive, default=1, help="trajectories for every problem")
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args()
-    report = evaluate(
-        args.model,
-        held_out(args.problems),
-        tool=args.tool,
-        temperature=args.temperature,
-        n=args.n,
-        threads=args.threads,
-    )
+    try:
+        report = evaluate(
+            args.model,
+            held_out(args.problems),
+            tool=args.tool,
+            temperature=args.temperature,
+            n=args.n,
+            threads=args.threads,
+        )
+    except ConfigError as error:
+        parser.error(str(error))
     if args.json:
         print(json.dumps(asdict(report)))
     else:

@@ -59,12 +59,19 @@ def check_disjoint(train: list[Problem], held: list[Problem]) -> None:
             raise ValueError(f"train and held-out problems share {len(shared)} {what}s, such as '{min(shared)}'")
 
 
+def positive(text: str) -> int:
+    """A command-line argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got '{text}'")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write train.parquet and val.parquet of the quickstart's task.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1, help="of the train problems")
-    parser.add_argument("--train-rows", type=int, default=TRAIN_ROWS)
-    parser.add_argument("--held-out-rows", type=int, default=HELD_OUT_ROWS)
+    parser.add_argument("--train-rows", type=positive, default=TRAIN_ROWS)
+    parser.add_argument("--held-out-rows", type=positive, default=HELD_OUT_ROWS)
     args = parser.parse_args()
     for path in write(args.folder, seed=args.seed, train_rows=args.train_rows, held_out_rows=args.held_out_rows):
         print(path)

@@ -4,8 +4,8 @@ Three parts, on a CPU: a tokenizer from the task's own text; a small Qwen3 that 
 a short second training on transcripts with bad habits (`demonstrations.HABITS`), which spoils it. What is written is the
 spoiled model: it knows how, and mostly does it wrong. Reinforcement learning then has to find that out from the rewards.
 
-A step of the first training takes about 0.6 s on two idle cores. Floating-point sums depend on the machine, so a model that is
-made again is not the same bit by bit; the tokenizer is.
+A step of the first training takes about 0.6 s on two idle cores and 0.1 s on a GPU. Floating-point sums depend on the machine,
+so a model that is made again is not the same bit by bit; the tokenizer is.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from examples.quickstart.evaluate import MODEL, Report, evaluate, show
 from examples.quickstart.make_data import held_out
 from examples.quickstart.task import Problem, distinct, problems
 
-STEPS, BATCH = 900, 64
+SEED, SPOIL_SEED = 2, 0
+STEPS, BATCH = 1500, 64
 SPOIL_STEPS, SPOIL_BATCH = 300, 32
-SKILL = 0.95
+SKILL = 0.97
 """Accuracy that the skilled model must have: what is not learnt here, reinforcement learning will not find."""
 SPOILED = (0.4, 0.58)
 """Range of accuracy that the spoiled model must be in."""
 BAD_SHARE = 0.66
 """Of the transcripts that a habit applies to. More than half, so that the most likely answer is the bad one; not nearly all,
 so that of eight tries one is good."""
-SHALLOW_SHARE = 0.45
+SHALLOW_SHARE = 0.3
 """Of the problems with one or two calls that are kept: deeper ones take longer to learn."""
 POOL = 16
 """Batches that are drawn together and sorted by length, so that a batch holds little padding."""
@@ -196,9 +197,10 @@ def main() -> None:
     parser.add_argument("--spoil-only", action="store_true", help="start from the skilled model that is there already")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--spoil-steps", type=int, default=SPOIL_STEPS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--spoil-seed", type=int, default=SPOIL_SEED)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda: a step of the first training takes 0.03 s there")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.spoil_only:
@@ -206,7 +208,7 @@ def main() -> None:
         show(skilled, "skilled")
         if skilled.accuracy < SKILL:
             raise SystemExit(f"the skill is only {skilled.accuracy:.3f}, it must be {SKILL}: train for more --steps")
-    weak = spoil(args.skilled, args.folder, steps=args.spoil_steps, seed=args.seed, device=args.device)
+    weak = spoil(args.skilled, args.folder, steps=args.spoil_steps, seed=args.spoil_seed, device=args.device)
     show(weak, "spoiled")
     low, high = SPOILED
     if not low <= weak.accuracy <= high:

