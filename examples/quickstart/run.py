@@ -68,7 +68,8 @@ def quickstart(config: Path, run_dir: Path, seed: int, overrides: Sequence[str],
         shutil.move(Path(folder) / "data", run_dir / "data")
     train_file, val_file = (run_dir / "data" / path.name for path in (train_file, val_file))
     console.print(f"Data: {train_file} and {val_file}; no problem is in both.")
-    watch = train(config, run_dir, settings(run_dir, seed, train_file, val_file, overrides), console)
+    command = [sys.executable, "-m", "agentloop.cli", "train", str(config)]
+    watch = train([*command, *settings(run_dir, seed, train_file, val_file, overrides)], run_dir, console)
     if watch.exit_code != 0:
         tail = watch.log.read_text(errors="replace").splitlines()[-SHOWN_LOG_LINES:]
         console.print("\n".join(tail), markup=False, highlight=False, soft_wrap=True)
@@ -145,9 +146,8 @@ def settings(run_dir: Path, seed: int, train_file: Path, val_file: Path, overrid
     ]
 
 
-def train(config: Path, run_dir: Path, overrides: Sequence[str], console: Console) -> Watch:
-    """Run `agentloop train` to its end, showing one line a step; its own output goes to a file."""
-    command = [sys.executable, "-m", "agentloop.cli", "train", str(config), *overrides]
+def train(command: Sequence[str], run_dir: Path, console: Console) -> Watch:
+    """Run the training command to its end, showing one line a step; its own output goes to a file."""
     watch = Watch(log=run_dir / "train.log", started=time.time())
     console.print("Training: " + " ".join(command[1:]), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Its output goes to {watch.log}. verl starts up first; that takes about a minute.")

@@ -6,7 +6,6 @@ import asyncio
 import io
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -201,10 +200,6 @@ sys.exit(100 + count)
 
 
 def test_ctrl_c_reaches_the_training_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "training.py"
-    program.write_text(INTERRUPTED)
-    popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **kwargs: popen([sys.executable, str(program)], **kwargs))
     monkeypatch.setattr(quickstart, "POLL_S", 0.05)
     log = tmp_path / "train.log"
 
@@ -214,5 +209,5 @@ def test_ctrl_c_reaches_the_training_once(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    watch = quickstart.train(Path("any.yaml"), tmp_path, [], Console(file=io.StringIO()))
+    watch = quickstart.train([sys.executable, "-c", INTERRUPTED], tmp_path, Console(file=io.StringIO()))
     assert watch.exit_code == 101
