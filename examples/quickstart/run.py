@@ -83,13 +83,13 @@ def quickstart(config: Path, run_dir: Path, seed: int, overrides: Sequence[str],
     picture = draw(Run(run_dir), summary, run_dir / "reward.png")
     show(summary, console)
     console.print(f"\nThe reward over the steps: {picture}. Look at the conversations next:")
-    for command in (
+    for hint in (
         f"agentloop ls {run_dir}",
         f"agentloop show {run_dir} --worst",
         f"agentloop stats {run_dir}",
         f"tensorboard --logdir {run_dir / 'tensorboard'}",
     ):
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {hint}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
