@@ -40,9 +40,7 @@ class ChatMLRenderer(GenericRenderer):
             return super().after_turn(sampled, messages)
         if "tool" in self.not_taken and any(message["role"] == "tool" for message in messages):
             return super().after_turn(sampled, messages)  # says why not
-        closed = len(sampled) > 0 and sampled[-1] == self.text.controls[END].id
-        runs = [Run("\n" if closed else f"{END}\n", False), *self._turns(messages), Run(self.opening, False)]
-        return self.text.pieces(runs)
+        return self._pieces(sampled, [Run(f"{END}\n", False), *self._turns(messages), Run(self.opening, False)], END)
 
     def _turns(self, messages: Sequence[Message]) -> Iterator[Run]:
         for i, message in enumerate(messages):

@@ -55,11 +55,15 @@ class GenericRenderer(Renderer):
         return self.text.ids(self.template.runs(check_messages(messages), clean_tools(tools)))
 
     def after_turn(self, sampled: Sequence[int], messages: Sequence[Message]) -> list[Piece]:
-        runs, closing = self.after(check_messages(messages))
+        return self._pieces(sampled, *self.after(check_messages(messages)))
+
+    def _pieces(self, sampled: Sequence[int], runs: Sequence[Run], closing: str) -> list[Piece]:
+        """The pieces of `runs`, which begin with `closing`, without it where the turn has it already."""
+        pieces = self.text.pieces(runs)
         if len(sampled) and sampled[-1] == self.text.controls[closing].id:
-            head = runs[0].text  # the template's: it begins with the closing
-            runs = [Run(head[len(closing) :], False), *runs[1:]]
-        return self.text.pieces(runs)
+            origin, ids = pieces[0]
+            return [*([Piece(origin, ids[1:])] if len(ids) > 1 else []), *pieces[1:]]
+        return pieces
 
     def encode_text(self, text: str) -> list[int]:
         return self.text.encode_text(text)

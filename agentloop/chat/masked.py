@@ -59,6 +59,11 @@ class Mask:
         shown = "".join("".join(map(self._private, part)) if masked else part for part, masked in parts)
         return Masked(shown, changed, self)
 
+    def escaped(self, char: str, shown: str, quote: str) -> str:
+        """`char`, which stands as `shown`, as `repr` writes it between `quote`s."""
+        text = {"'": "'", '"': '"', quote: f"\\{quote}"}.get(char) or repr(char)[1:-1]
+        return shown if text == char else "".join(map(self._private, text))
+
     def unmask(self, text: str) -> str:
         return str.translate(text, self._back)
 
@@ -121,6 +126,12 @@ class Masked(str):
 
     def __str__(self) -> str:
         return self
+
+    def __repr__(self) -> str:
+        """As Python writes the plain text: a template that prints a mapping as it is writes its strings so."""
+        quote = repr(self.plain)[0]
+        pairs = zip(self.plain, str.__str__(self), strict=True)
+        return quote + "".join(self.mask.escaped(char, shown, quote) for char, shown in pairs) + quote
 
     def _cut(self, start: int, stop: int) -> Masked:
         return Masked(str.__getitem__(self, slice(start, stop)), self.plain[start:stop], self.mask)

@@ -77,8 +77,9 @@ class TextEncoder:
         self._first = re.compile(f"[{firsts}]") if firsts else re.compile(r"(?!)")
         self._raw, self._raw_first = _without_controls(json.loads(backend.to_str()), set(self.controls))
         self._units: dict[tuple[str, bool], list[int]] = {}
+        spelled = self.control_ids.difference([tokenizer.unk_token_id])  # which stands for any character without a token
         for content in self.controls:
-            if not self.control_ids.isdisjoint(self._encode(content, False).ids):
+            if not spelled.isdisjoint(self._encode(content, False).ids):
                 raise RendererRefused(
                     f"the tokenizer's model itself spells the control token {content!r}, so text cannot be kept apart from it"
                 )

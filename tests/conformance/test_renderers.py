@@ -198,7 +198,7 @@ def test_reasoning_in_history_decodes_to_the_render(case: Case, talk: dict[str, 
     assert case.renderer.decode(ids) == case.renderer.decode(case.encode(case.render(flat(steps), tools)))
 
 
-THINK = re.compile(r"<think>.*?</think>\n{0,2}|<think>\s*\Z", re.DOTALL)
+THINK = re.compile(r"(?:<think>.*?)?</think>\n{0,2}|<think>\s*\Z", re.DOTALL)
 
 
 def assemble(case: Case, steps: Sequence[Sequence[dict[str, Any]]], tools: Any) -> tuple[list[int], list[int]]:
