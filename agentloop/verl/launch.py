@@ -130,6 +130,7 @@ def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     deletions = [item for item in overrides if item.startswith("~")]
     arguments = _with_prefixes(settings) + deletions
     config = _compose(arguments, str(path))
+    arguments += _sampler(config)
     _check(config, str(path), run)
     rollout = read_settings(config)
     registry = None
@@ -172,19 +173,20 @@ def _settings(run: RunFile, path: str, overrides: Sequence[str]) -> dict[str, _S
             raise ConfigError(f"override '{item}': expected key=value")
         else:
             merged.pop(item[1:].partition("=")[0], None)
-    if _SAMPLER + ".path" not in merged and not _needs_verls_sampler(merged):
-        mode = merged.get("trainer.v1.trainer_mode")
-        asynchronous = mode is not None and mode.value.strip("'\"") != "sync"
-        put(_SAMPLER + ".path", _hydra_value("pkg://agentloop.verl.sampler"), "preset")
-        put(_SAMPLER + ".name", "QuickReplayBufferAsync" if asynchronous else "QuickReplayBuffer", "preset")
     for key, value in _leaves({"agentloop": run.agentloop}):
         put(key, _hydra_value(value), path, added=True)
     return merged
 
 
-def _needs_verls_sampler(settings: Mapping[str, _Setting]) -> bool:
-    flags = ("algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups")
-    return any(settings[flag].value.lower() == "true" for flag in flags if flag in settings)
+def _sampler(config: Any) -> list[str]:
+    """Our sampler as settings, where the composed config neither needs verl's nor names one."""
+    from omegaconf import OmegaConf
+
+    taken = (_SAMPLER + ".path", "algorithm.filter_groups.enable", "trainer.v1.sampler.sync_refill_failed_groups")
+    if any(OmegaConf.select(config, key) for key in taken):
+        return []
+    name = "QuickReplayBuffer" if OmegaConf.select(config, "trainer.v1.trainer_mode") == "sync" else "QuickReplayBufferAsync"
+    return [f"{_SAMPLER}.path={_hydra_value('pkg://agentloop.verl.sampler')}", f"{_SAMPLER}.name={name}"]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -192,7 +192,15 @@ def test_the_quick_sampler_stands_back_where_verl_gives_it_too_little(folder: Pa
     on_a_gpu = ["platform=auto", "actor_rollout_ref.rollout.name=sglang"]
     assert arguments(make_plan(write(folder), on_a_gpu))[key] == "QuickReplayBuffer"
     assert arguments(make_plan(write(folder), ["trainer.v1.trainer_mode=colocate_async"]))[key] == "QuickReplayBufferAsync"
-    assert key not in arguments(make_plan(write(folder), ["trainer.v1.sampler.sync_refill_failed_groups=true"]))
+    for override in (
+        "trainer.v1.sampler.sync_refill_failed_groups=true",
+        "algorithm.filter_groups.enable=True",
+        "algorithm.filter_groups={enable:true}",
+    ):
+        assert key not in arguments(make_plan(write(folder), [override])), override
+    mine = "{path:pkg://mine,name:Mine}"
+    plan = make_plan(write(folder), [f"trainer.v1.sampler.custom_sampler={mine}"])
+    assert key not in arguments(plan) and arguments(plan)[key.removesuffix(".name")] == mine
 
 
 def test_dry_run_prints_the_command_and_writes_nothing(
