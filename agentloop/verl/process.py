@@ -98,13 +98,16 @@ def parse_metrics(line: str) -> dict[str, float]:
 def run(
     command: Sequence[str], env: Mapping[str, str], log: Path, *, total_steps: int | None = None, verbose: bool = False
 ) -> int:
-    """Run `command` in a process group of its own and return its exit status, 130 after Ctrl-C or SIGTERM.
+    """Run `command` in a process group of its own and return its exit status, 130 after Ctrl-C, SIGTERM or SIGHUP.
 
     Everything it prints goes to `log`; the terminal gets the gist, or with `verbose` everything. Whatever way it ends, no
     process of it is left."""
     log.parent.mkdir(parents=True, exist_ok=True)
     marker = uuid4().hex
     screen = Screen(lambda text: print(text, flush=True), total_steps=total_steps)
+    # A terminal that is closed sends SIGHUP; the run is in a session of its own and would go on unseen.
+    stopping = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in stopping}
     child = subprocess.Popen(
         list(command),
         env={**os.environ, **env, RUN_ID: marker},
@@ -115,10 +118,9 @@ def run(
         errors="replace",
         start_new_session=True,
     )
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     reader = threading.Thread(target=_read, args=(child, log, screen, verbose), daemon=True)
-    reader.start()
     try:
+        reader.start()
         status = child.wait()
         # What outlives the command may hold its output open, so it goes before the reader is waited for.
         _sweep(marker)
@@ -134,11 +136,13 @@ def run(
         _stop(child)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if child.poll() is None:
             _stop(child)
         _sweep(marker)
-        reader.join(TERMINATE_S)
+        if reader.is_alive():
+            reader.join(TERMINATE_S)
 
 
 def _read(child: subprocess.Popen[str], log: Path, screen: Screen, verbose: bool) -> None:
