@@ -27,7 +27,7 @@ Summary = dict[str, Any]
 def summarize(trajectories: Sequence[Trajectory]) -> Summary:
     """One group, in plain numbers and lists, small enough for a tag."""
     counts: Counter[str] = Counter(trajectories=len(trajectories), masked=0, resampled=0, parse_failures=0)
-    each: dict[str, list[float]] = {"turns": [], "generate_s": [], "tools_s": [], "score_s": [], "total_s": []}
+    each: dict[str, list[float]] = {"turns": [], "generate_s": [], "tools_s": [], "score_s": [], "trajectory_s": []}
     for trajectory in trajectories:
         counts["masked"] += trajectory.masked
         counts["resampled"] += trajectory.attempt
@@ -38,7 +38,7 @@ def summarize(trajectories: Sequence[Trajectory]) -> Summary:
         each["generate_s"].append(round(sum(turn.generate_s for turn in trajectory.turns), 4))
         each["tools_s"].append(round(sum(turn.tools_s for turn in trajectory.turns), 4))
         each["score_s"].append(round(trajectory.score_s, 4))
-        each["total_s"].append(round(trajectory.total_s, 4))
+        each["trajectory_s"].append(round(trajectory.total_s, 4))
     return {"counts": dict(counts), "each": each}
 
 
@@ -47,7 +47,10 @@ def metrics(summaries: Iterable[Summary], *, failed_groups: int = 0) -> dict[str
 
     `agentloop/{trajectories,masked,resampled,parse_failures,failed_groups}`, `agentloop/end/<reason>` and
     `agentloop/tools/<status>` are counts. Over trajectories: `agentloop/turns/{mean,max}`, and in seconds of one trajectory
-    `agentloop/{generate,tools,score,total}_s/{mean,p95}`.
+    `agentloop/{generate,tools,score,trajectory}_s/{mean,p95}`.
+
+    Where verl makes one report of several updates (`parameter_sync_step`), it goes by the names: what contains «total» or «sum»
+    is added up, «max» is the largest, and everything else, counts too, is averaged.
     """
     counts: Counter[str] = Counter({f"end/{reason.value}": 0 for reason in EndReason})
     counts.update({f"tools/{status.value}": 0 for status in CallStatus})

@@ -31,3 +31,23 @@ def test_every_kind_is_there_even_if_nothing_happened(build: Build) -> None:
     found = metrics([summarize([build(reward=Reward(1.0))])])
     assert {f"agentloop/end/{reason.value}" for reason in EndReason} <= set(found)
     assert {f"agentloop/tools/{status.value}" for status in CallStatus} <= set(found)
+
+
+def test_verl_combines_the_updates_between_two_syncs_as_the_names_say(build: Build) -> None:
+    from verl.trainer.ppo.v1.utils import MetricsAggregator
+
+    short, long = (metrics([summarize([build(turns=turns, reward=Reward(1.0))])]) for turns in (((5, 0),), ((5, 3), (4, 0))))
+    short["agentloop/trajectory_s/mean"], long["agentloop/trajectory_s/mean"] = 1.0, 3.0
+    aggregator = MetricsAggregator()
+    for found in (short, long):
+        aggregator.add_step_metrics(found, sample_count=1)
+    combined = aggregator.get_aggregated_metrics()
+    assert combined["agentloop/turns/max"] == 2
+    averaged = {name: (short[name] + long[name]) / 2 for name in short if not name.endswith("/max")}
+    assert {name: combined[name] for name in averaged} == averaged
+
+
+def test_a_step_without_summaries_has_the_same_counts(build: Build) -> None:
+    """As when every group failed with an error of the program."""
+    names = {name for name in metrics([summarize([build(reward=Reward(1.0))])]) if not name.endswith(("/mean", "/max", "/p95"))}
+    assert set(metrics([], failed_groups=4)) == names
