@@ -12,6 +12,8 @@ from agentloop.verl.launch import make_plan
 from agentloop.verl.process import parse_metrics, run
 from tests.verl.assets import make_data, make_model, make_reward, run_file
 
+OURS = {"agentloop/end/final_answer", "agentloop/tools/timeout", "agentloop/generate_s/p95"}
+"""Some of the metrics that agentloop adds, in every logger of verl's."""
 VERLS_LOOP = "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"
 
 
@@ -48,10 +50,19 @@ def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
         pytest.param(["trainer.v1.trainer_mode=colocate_async"], id="colocate-async"),
     ],
 )
-def test_rollout_and_trainer_agree(tmp_path: Path, overrides: list[Any]) -> None:
-    steps = train(tmp_path, *overrides)
+def test_rollout_and_trainer_agree(tmp_path: Path, overrides: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "tensorboard"))
+    steps = train(tmp_path, *overrides, "trainer.logger=[console,tensorboard,wandb]")
     assert len(steps) == 2
     stale = any("async" in override for override in overrides)  # sampled by weights that are older by a step
     for metrics in steps:
         assert metrics["training/rollout_probs_diff_max"] < (0.02 if stale else 1e-4)
         assert metrics["actor/grad_norm"] > 0
+        if VERLS_LOOP not in overrides:
+            assert OURS <= metrics.keys()
+    if VERLS_LOOP not in overrides:
+        for pattern in ("tensorboard/**/events.*", "wandb/offline-run-*/run-*.wandb"):
+            (events,) = tmp_path.glob(pattern)
+            assert all(name.encode() in events.read_bytes() for name in OURS), pattern
