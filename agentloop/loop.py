@@ -17,15 +17,15 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from time import perf_counter
 from typing import Any
 
 from agentloop.chat.base import Message, Parsed, Renderer, ToolCallParser
 from agentloop.config import LoopConfig
-from agentloop.engines.base import Engine, Generation, Sampling
+from agentloop.engines.base import Engine, Sampling
 from agentloop.errors import ConfigError, EngineError, ToolInfraError
 from agentloop.fit import fit
+from agentloop.generate import derive_seed, generate
 from agentloop.journal.base import NullRecorder, Recorder
 from agentloop.rewards.base import RewardFunction
 from agentloop.tools.session import ToolSession, ToolSessions, give_up_at
@@ -59,9 +59,6 @@ without being scored."""
 _MODELS_OWN = (CallStatus.OK, CallStatus.INVALID_ARGUMENTS, CallStatus.UNKNOWN_TOOL, CallStatus.NOT_RUN)
 """Call statuses that are the model's doing: always an observation."""
 
-_IDLE_ABORTS = 3
-"""An engine that aborts this often in a row without a new token has failed."""
-
 
 def transition(trajectory: Trajectory, state: State) -> None:
     """Enter `state`; a step that the table does not know is a bug."""
@@ -73,15 +70,6 @@ def transition(trajectory: Trajectory, state: State) -> None:
 def print_transitions() -> str:
     """The table as text, one state a line."""
     return "\n".join(f"{state.value:14} -> {', '.join(after) or '(end)'}" for state, after in TRANSITIONS.items())
-
-
-def derive_seed(run_seed: int, key: str, sibling: int, attempt: int, turn: int) -> int:
-    """The seed of one request, 0 ≤ seed < 2**31: a hash of what it is for, never of when it ran."""
-    return _hash(f"{run_seed}/{key}/{sibling}/{attempt}/{turn}")
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
 
 
 def _is_cancelled() -> bool:
@@ -337,7 +325,7 @@ class AgentLoop:
         try:
             async with asyncio.timeout_at(limit) as timeout:
                 try:
-                    answer = await self._ask(trajectory.input_ids, sampling, run.key)
+                    answer = await generate(self.engine, trajectory.input_ids, sampling, run.key)
                 except asyncio.CancelledError as error:
                     if _is_cancelled():
                         raise
@@ -366,37 +354,6 @@ class AgentLoop:
         trajectory.append_sampled(answer.ids, answer.log_probs, turn)
         self.recorder.turn(trajectory, turn)
         return turn
-
-    async def _ask(self, ids: list[int], sampling: Sampling, key: str) -> Generation:
-        """One answer of the engine. One that was aborted (new weights came in) goes on from the tokens it had."""
-        answer = await self.engine.generate(ids, sampling, trajectory_id=key)
-        if answer.stop_reason is not StopReason.ABORTED:
-            return answer
-        parts, sampled, idle = [answer], list(answer.ids), 0
-        while answer.stop_reason is StopReason.ABORTED and len(sampled) < sampling.max_tokens:
-            idle = 0 if answer.ids else idle + 1
-            if idle >= _IDLE_ABORTS:
-                raise EngineError(f"the engine aborted {idle} times in a row without a new token")
-            await asyncio.sleep(0)
-            rest = replace(
-                sampling,
-                max_tokens=sampling.max_tokens - len(sampled),
-                # With the same seed an engine would repeat the random numbers that it began with.
-                seed=None if sampling.seed is None else _hash(f"{sampling.seed}/{len(sampled)}") if sampled else sampling.seed,
-            )
-            answer = await self.engine.generate([*ids, *sampled], rest, trajectory_id=key)
-            parts.append(answer)
-            sampled += answer.ids
-        log_probs = [x for part in parts if part.log_probs is not None for x in part.log_probs]
-        first = parts[0]
-        return replace(
-            answer,
-            ids=sampled,
-            log_probs=log_probs if all(part.log_probs is not None for part in parts) else None,
-            stop_reason=StopReason.LENGTH if answer.stop_reason is StopReason.ABORTED else answer.stop_reason,
-            min_weight_version=first.weight_version if first.min_weight_version is None else first.min_weight_version,
-            cached_tokens=first.cached_tokens,
-        )
 
     # -- tools ------------------------------------------------------------------------------------------------------
 
