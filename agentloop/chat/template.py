@@ -127,7 +127,7 @@ class Template:
                     "add_generation_prompt": opening,
                 }
             )
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
             raise ConfigError(f"the chat template does not take these messages: {error}") from error
 
     def runs(

@@ -107,6 +107,34 @@ TELLS_ROUNDS = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+INST_LIKE = """\
+{{- bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{- '[INST] ' + m.content + ' [/INST]' }}
+    {%- elif m.role == 'tool' %}{{- '[INST] result: ' + m.content + ' [/INST]' }}
+    {%- elif m.role == 'system' %}{{- '[INST] ' + m.content + ' [/INST] yes' + eos_token }}
+    {%- else %}
+        {{- ' ' + m.content }}
+        {%- for call in m.tool_calls or [] %}{{- '[CALL]' + call.function | tojson }}{% endfor %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+"""As templates of SentencePiece models have it: no opening of the model's turn, whose text begins with a space."""
+
+PRINTS_MAPPINGS = "{% if tools %}{{ tools }}\n{% endif %}" + QWEN_LIKE.replace("{%- if tools %}", "{%- if false %}")
+"""Schemas as Python writes mappings, with its quotes and escapes."""
+
+LEAVES_THE_END = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' %}{{- '</think>' }}{% endif %}
+    {{- m.content.split('</think>')[-1] }}
+    {%- for call in m.tool_calls or [] %}{{- '<tool_call>' ~ call.function | tojson ~ '</tool_call>' }}{% endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>' }}{%- endif %}"""
+"""Of the reasoning of earlier turns only `</think>` is left."""
+
 TAKEN: dict[str, tuple[str, str]] = {
     "qwen-like": ("qwen", QWEN_LIKE),
     "plain chatml": ("qwen", PLAIN_CHATML),
@@ -115,8 +143,32 @@ TAKEN: dict[str, tuple[str, str]] = {
     "opened by the next": ("glm", OPENED_BY_THE_NEXT),
     "prints the date": ("qwen", DATE),
     "shouts": ("qwen", SHOUTS),
+    "inst-like": ("sentencepiece", INST_LIKE),
+    "prints mappings": ("qwen", PRINTS_MAPPINGS),
+    "leaves the end of reasoning": ("qwen", LEAVES_THE_END),
 }
 """Name: family of the tokenizer and template."""
+
+WORDS_LAST = """\
+{%- for m in messages %}
+    {%- if m.tool_calls %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- for call in m.tool_calls %}{{- '<tool_call>' ~ call.function | tojson ~ '</tool_call>' }}{% endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+        {%- if m.role == 'tool' and messages[loop.index0 - 1].content %}
+            {{- '<|im_start|>assistant\\n' + messages[loop.index0 - 1].content + '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+"""What the model said beside its calls is written behind their results."""
+
+THOUGHTS = PLAIN_CHATML.replace(
+    "m.content +", "('{' + m.thinking + '}' if m.thinking and loop.index0 + 2 >= messages | length else '') + m.content +"
+)
+"""Drops the reasoning of earlier turns, which it writes in a way of its own."""
 
 REFUSED: dict[str, tuple[str, str]] = {
     "counts messages": ("qwen", COUNTS),
@@ -124,6 +176,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "moves the tools": ("qwen", TOOLS_LAST),
     "no closing token": ("qwen", NO_CLOSING),
     "numbers the results": ("qwen", TELLS_ROUNDS),
+    "moves words": ("qwen", WORDS_LAST),
+    "drops thoughts": ("qwen", THOUGHTS),
 }
 
 SHARED: dict[str, str] = {"qwen2_5": "qwen2_5", "qwen3": "qwen", "llama3_1": "llama", "deepseekv3": "deepseek"}

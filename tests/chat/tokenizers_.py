@@ -1,7 +1,9 @@
-"""Small byte-level BPE tokenizers with the control tokens of real families, for tests of renderers and parsers."""
+"""Small tokenizers with the control tokens of real families, for tests of renderers and parsers: byte-level BPE, and BPE as
+SentencePiece has it."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -53,6 +55,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "added": ["<tool_call>", "</tool_call>", "<think>", "</think>"],
         "eos": "<|endoftext|>",
     },
+    "sentencepiece": {
+        "special": ["<unk>", "<s>", "</s>"],
+        "added": ["[INST]", "[/INST]", "[CALL]"],
+        "bos": "<s>",
+        "eos": "</s>",
+        "spaces": "first",
+    },
 }
 
 CORPUS = [
@@ -66,8 +75,21 @@ CORPUS = [
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A trained tokenizer whose merges include "\\n\\n", " \\n" and ".\\n"."""
     spec = FAMILIES[family]
+    return build(sentencepiece(spec["spaces"]) if "spaces" in spec else byte_level(normalised=family != "llama"), spec)
+
+
+def build(backend: Tokenizer, spec: dict[str, Any], **flags: bool) -> PreTrainedTokenizerFast:
+    """`backend` with the control tokens of `spec`; `flags` are those of the special ones (`rstrip`)."""
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True, **flags) for token in spec["special"]])
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in spec["added"]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=spec["eos"], bos_token=spec.get("bos"), clean_up_tokenization_spaces=False
+    )
+
+
+def byte_level(*, normalised: bool) -> Tokenizer:
     backend = Tokenizer(models.BPE())
-    if family != "llama":
+    if normalised:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -82,8 +104,26 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
             vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1, show_progress=False
         ),
     )
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in spec["special"]])
-    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in spec["added"]])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=spec["eos"], bos_token=spec.get("bos"), clean_up_tokenization_spaces=False
+    return backend
+
+
+def sentencepiece(spaces: str) -> Tokenizer:
+    """BPE over "▁" for spaces, bytes for what has no token. `spaces`: where a space is put before text: `first`, `always` or
+    `never` by the pre-tokenizer (Mistral), `legacy` always by the normalizer (Llama 2)."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, min_frequency=1, show_progress=False))
+    spec = json.loads(backend.to_str())
+    vocab = spec["model"]["vocab"]
+    for token in ("<unk>", *(f"<0x{byte:02X}>" for byte in range(256))):
+        vocab[token] = len(vocab)
+    backend = Tokenizer.from_str(json.dumps(spec))
+    if spaces == "legacy":
+        backend.pre_tokenizer = None
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces, split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    return backend
