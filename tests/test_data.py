@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from agentloop.chat.base import Message, Piece, Renderer
 from agentloop.cli import build
 from agentloop.data import content_key, lint, lint_file, lint_pair, plain, sample_from_row
 from agentloop.errors import ConfigError
+from agentloop.tools import BaseTool, ToolRegistry
 
 USER = {"role": "user", "content": "q"}
 
@@ -44,6 +46,9 @@ class Names:
     def __init__(self, *names: str) -> None:
         self.names = names
         self.schemas = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in names]
+
+    def select(self, selection: Any, tools_kwargs: Any) -> None:
+        """These tools take whatever a row gives them."""
 
 
 class Words(Renderer):
@@ -296,6 +301,36 @@ def test_tools_that_do_not_exist_name_the_nearest(tmp_path: Path) -> None:
     assert "extra_info.tool_selection: there is no tool 'calculater'; did you mean 'calculator'?" in said
     assert "extra_info.tools_kwargs: there is no tool 'serch'; did you mean 'search'?" in said
     assert any("did you mean 'create_kwargs'?" in message for message in said)
+
+
+def test_what_a_row_gives_its_tools_is_checked_against_them(tmp_path: Path) -> None:
+    class Vault(BaseTool):
+        name = "vault"
+
+        class Arguments(BaseModel):
+            guess: int
+
+        async def create(self, instance_id: str, secret: int) -> None:  # type: ignore[override]
+            self.instances[instance_id] = secret
+
+        async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> str:
+            return ""
+
+    asked = [{"secret": 1}, {"secret": 2}, {"secert": 3}, None]
+    rows = [row(i, extra_info={"tools_kwargs": {"vault": {"create_kwargs": given}}}) for i, given in enumerate(asked)]
+    rows.append(row(4, extra_info={"tools_kwargs": {"vault": {"create_kwarg": {"secret": 4}}}}))
+    rows.append(row(5, extra_info={"tool_selection": []}))
+    file = write(tmp_path / "a.jsonl", rows)
+    errors = [p for p in lint_file(file, tools=ToolRegistry.from_tools([Vault()])) if p.severity == "error"]
+    assert [p.row for p in errors] == [2, 3, 4]
+    assert "tool 'vault': key 'create_kwargs': unknown key 'secert'; did you mean 'secret'?" in errors[0].message
+    assert "missing a required argument: 'secret'" in errors[1].message
+    assert errors[2].message == "unknown key 'create_kwarg'; did you mean 'create_kwargs'?"
+
+
+def test_one_mistake_is_one_sentence(tmp_path: Path) -> None:
+    (problem,) = lint_file(write(tmp_path / "a.jsonl", [row(0, extra_info="index: 3")]))
+    assert (problem.column, problem.message[:34]) == ("extra_info", "expected a struct, found a str; wr")
 
 
 def test_many_of_a_kind_are_counted(tmp_path: Path) -> None:

@@ -120,23 +120,30 @@ class ToolRegistry(ToolSessions):
     def session(self, sample: Sample, trajectory_id: str) -> ToolSession:
         """As `ToolSessions.session`. Also a `ConfigError`: a `tools_kwargs` key that a tool does not take, and
         `max_response_tokens` without `bind`."""
-        selected = self._entries
-        if sample.tools is not None:
-            for name in sample.tools:
-                self._known(name, "tool_selection")
-            selected = {name: entry for name, entry in self._entries.items() if name in sample.tools}
-        for name in sample.tools_kwargs:
-            self._known(name, "tools_kwargs")
+        selected, kwargs = self.select(sample.tools, sample.tools_kwargs)
         for entry in selected.values():
             if entry.policy.max_response_tokens is not None and self._codec is None:
                 raise ConfigError(
                     f"tool '{entry.name}' has max_response_tokens, and no renderer to count tokens with; call bind(renderer)"
                 )
+        return RegistrySession(selected, kwargs, trajectory_id, self._codec)
+
+    def select(
+        self, selection: Iterable[str] | None, tools_kwargs: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[str, Entry], dict[str, dict[str, dict[str, Any]]]]:
+        """A row's tools (`None`: all), in the registry's order, and by tool and method what to pass. `ConfigError` for a name
+        or a key that is not there, and for what a method needs and does not get."""
+        names = self._entries if selection is None else tuple(selection)
+        for name in names:
+            self._known(name, "tool_selection")
+        for name in tools_kwargs:
+            self._known(name, "tools_kwargs")
+        selected = {name: entry for name, entry in self._entries.items() if name in names}
         kwargs = {
-            name: method_kwargs(entry.tool, sample.tools_kwargs.get(name) or {}, f"tools_kwargs: tool '{name}'")
+            name: method_kwargs(entry.tool, tools_kwargs.get(name) or {}, f"tools_kwargs: tool '{name}'")
             for name, entry in selected.items()
         }
-        return RegistrySession(selected, kwargs, trajectory_id, self._codec)
+        return selected, kwargs
 
     def _known(self, name: str, where: str) -> None:
         if name not in self._entries:

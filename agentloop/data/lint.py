@@ -39,6 +39,9 @@ class Tools(Protocol):
     @property
     def schemas(self) -> list[dict[str, Any]]: ...
 
+    def select(self, selection: Iterable[str] | None, tools_kwargs: Mapping[str, Mapping[str, Any]]) -> object:
+        """Raises `ConfigError` if a row with these could not be run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -165,10 +168,16 @@ class _Collector:
     def __init__(self, report: LintReport, limit: int) -> None:
         self.report = report
         self.limit = limit
+        self.said: tuple[int | None, str | None, str] | None = None
         self.counts: Counter[tuple[str | None, str, Severity]] = Counter()
+        self.wishes: dict[str, str | None] = {}
+        """Names and keys that a row asks of its tools -> what is wrong with them; rows repeat each other."""
 
     def add(self, row: int | None, column: str | None, message: str, kind: str = "", severity: Severity = "error") -> None:
         key = (column, kind or message, severity)
+        if row is not None and self.said == (row, column, message):  # every part of `extra_info` finds that it is no struct
+            return
+        self.said = (row, column, message)
         self.counts[key] += 1
         if self.counts[key] <= self.limit:
             self.report.problems.append(Problem(self.report.file, row, column, message, severity))
@@ -333,17 +342,37 @@ def _check_tools(row: Mapping[str, Any], found: _Collector, tools: Tools | None)
     except read.RowError as error:
         found.add(at, error.column, error.message, error.kind)
         return selection
+    fits = True
     for name, settings in kwargs.items():
         for key in settings:
             if key not in TOOL_KWARGS_KEYS:
-                _misspelt(key, TOOL_KWARGS_KEYS, at, f"extra_info.tools_kwargs.{name}", found)
+                message = f"unknown key '{key}'; {nearest(key, TOOL_KWARGS_KEYS)}"
+                found.add(at, f"extra_info.tools_kwargs.{name}", message)
+                fits = False
     if tools is not None:
         for column, names in (("tool_selection", selection or ()), ("tools_kwargs", tuple(kwargs))):
             for name in names:
                 if name not in tools.names:
                     message = f"there is no tool '{name}'; {nearest(name, tools.names)}"
                     found.add(at, f"extra_info.{column}", message, f"no tool '{name}'")
+                    fits = False
+        if fits and (problem := _asked_of_tools(selection, kwargs, found, tools)):
+            found.add(at, "extra_info", problem)
     return selection
+
+
+def _asked_of_tools(
+    selection: tuple[str, ...] | None, kwargs: Mapping[str, Mapping[str, Any]], found: _Collector, tools: Tools
+) -> str | None:
+    """What would keep the tools from being created for a row, worked out once for all rows that ask the same."""
+    wish = repr((selection, {name: {group: sorted(given) for group, given in kwargs[name].items()} for name in sorted(kwargs)}))
+    if wish not in found.wishes:
+        try:
+            tools.select(selection, kwargs)
+            found.wishes[wish] = None
+        except ConfigError as error:
+            found.wishes[wish] = str(error)
+    return found.wishes[wish]
 
 
 def _check_duplicate(row: Mapping[str, Any], messages: list[dict[str, Any]], found: _Collector) -> None:

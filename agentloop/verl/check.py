@@ -53,8 +53,9 @@ def _check_hub(name: str, where: str) -> None:
         ) from error
 
 
-def check_data(files: Any, where: str, *, lint: bool = True) -> None:
-    """Data files exist and hold rows with the columns that verl and agentloop read."""
+def check_data(files: Any, where: str, *, lint: bool = True, tools: Any = None) -> None:
+    """Data files exist and hold rows with the columns that verl and agentloop read, which ask of the `tools` (a
+    `ToolRegistry`) only what is there."""
     listed = [files] if isinstance(files, str | os.PathLike) else list(files or [])
     if not listed:
         raise ConfigError(f"{where} is missing: a .parquet or .json file, or a list of them")
@@ -65,13 +66,13 @@ def check_data(files: Any, where: str, *, lint: bool = True) -> None:
         if not path.is_file():
             raise ConfigError(f"{where}: '{file}' does not exist")
         if lint:
-            _lint(path)
+            _lint(path, tools)
 
 
-def _lint(path: Path) -> None:
+def _lint(path: Path, tools: Any) -> None:
     from agentloop.data import lint_file
 
-    errors = [problem for problem in lint_file(path) if problem.severity == "error"]
+    errors = [problem for problem in lint_file(path, tools=tools) if problem.severity == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more: `agentloop data lint {path}` lists them)" if len(errors) > 1 else ""
         raise ConfigError(f"{errors[0]}{more}")

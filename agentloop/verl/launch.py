@@ -124,7 +124,7 @@ def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     validate(LoopConfig, section.loop, f"{path}: agentloop.loop")
     from omegaconf import OmegaConf
 
-    from agentloop.verl.check import check_prompts
+    from agentloop.verl.check import check_data, check_prompts
 
     settings = _settings(run, str(path), [item for item in overrides if item not in ours])
     deletions = [item for item in overrides if item.startswith("~")]
@@ -138,9 +138,12 @@ def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         from agentloop.tools.registry import ToolRegistry
 
         registry = ToolRegistry.load(rollout.tools, rollout.function_tools)
-    if not OmegaConf.select(config, "data.custom_cls.path"):
-        for key in ("data.train_files", "data.val_files"):
-            check_prompts(OmegaConf.select(config, key), rollout, registry)
+    custom_dataset = bool(OmegaConf.select(config, "data.custom_cls.path"))
+    for key in ("data.train_files", "data.val_files"):
+        files = OmegaConf.select(config, key)
+        check_data(files, f"{path}: verl.{key}", lint=not custom_dataset, tools=registry)
+        if not custom_dataset:
+            check_prompts(files, rollout, registry)
     run_dir = Path(rollout.run_dir)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *arguments]
     if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
@@ -304,7 +307,7 @@ def _container(config: Any) -> dict[str, Any]:
 def _check(config: Any, path: str, run: RunFile) -> None:
     from omegaconf import OmegaConf
 
-    from agentloop.verl.check import check_data, check_model, check_reward
+    from agentloop.verl.check import check_model, check_reward
     from agentloop.verl.server import refuse_unsupported
 
     def at(key: str) -> Any:
@@ -317,9 +320,6 @@ def _check(config: Any, path: str, run: RunFile) -> None:
     if at(f"{rollout}.name") == ROLLOUT_NAME:
         refuse_unsupported(_container(at(rollout)), _container(at(model)), cpu=run.platform == "cpu")
     check_model(at(f"{model}.path"), f"{path}: verl.{model}.path")
-    custom_dataset = bool(at("data.custom_cls.path"))
-    for key in ("data.train_files", "data.val_files"):
-        check_data(at(key), f"{path}: verl.{key}", lint=not custom_dataset)
     check_reward(at("reward.custom_reward_function"), f"{path}: verl.reward.custom_reward_function")
 
 

@@ -61,6 +61,19 @@ def no_prompt(folder: Path) -> str:
     return str(folder / "bad.jsonl")
 
 
+def unknown_tool(content: dict[str, Any], folder: Path) -> None:
+    row: dict[str, Any] = {
+        "prompt": [{"role": "user", "content": "?"}],
+        "data_source": "a",
+        "reward_model": {"ground_truth": "1"},
+    }
+    row["extra_info"] = {"tool_selection": ["no_such_tool"]}
+    (folder / "tool.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "tools.yaml").write_text("tools: [{class_name: calculator}]")
+    put(*TRAIN, to=str(folder / "tool.jsonl"))(content, folder)
+    put("agentloop", "tools", to=str(folder / "tools.yaml"))(content, folder)
+
+
 def broken_model(folder: Path) -> str:
     (folder / "model" / "config.json").write_text("{")
     return str(folder / "model")
@@ -108,6 +121,7 @@ BAD: list[tuple[str, Edit, str]] = [
     ("no data", put(*TRAIN, to=lambda folder: str(folder / "absent.parquet")), "does not exist"),
     ("empty data", put(*TRAIN, to=empty_data), "empty.jsonl"),
     ("data without prompts", put(*TRAIN, to=no_prompt), "prompt"),
+    ("a row's unknown tool", unknown_tool, "there is no tool 'no_such_tool'"),
     ("no tools file", put("agentloop", "tools", to="absent.yaml"), "absent.yaml"),
     ("misspelt tools", put("agentloop", "tools", to=misspelt_tools), "class_name"),
     ("no reward file", put("verl", "reward", "custom_reward_function", "path", to="absent.py"), "'absent.py' does not exist"),
