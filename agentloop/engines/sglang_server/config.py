@@ -29,7 +29,7 @@ class SGLangServerConfig(Strict):
     and sent elsewhere."""
     control_timeout_s: float = Field(600.0, gt=0)
     """Updating weights, freeing and taking memory."""
-    abort_timeout_s: float = Field(10.0, gt=0)
+    abort_timeout_s: float = Field(8.0, gt=0)
     """Until an aborted request must have ended on its server; one that has not is left behind, and aborted again when the
     server answers."""
     unavailable_s: float = Field(60.0, gt=0)

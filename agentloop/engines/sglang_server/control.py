@@ -11,7 +11,7 @@ from typing import Any
 from agentloop.engines.sglang_server.config import SGLangServerConfig, UpdateMode
 from agentloop.engines.sglang_server.http import Http, ServerLost, ServerRefused
 from agentloop.engines.sglang_server.replicas import Replica, Replicas
-from agentloop.engines.sglang_server.workers import number
+from agentloop.engines.sglang_server.workers import rank
 from agentloop.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -96,20 +96,18 @@ class Control:
         finally:
             self.changing = False
 
-    async def catch_up(self, worker: str, version: str) -> None:
+    async def catch_up(self, worker: str, version: str) -> str:
         """Give a worker that reports `version` the weights of the last update, if it has older ones. Newer ones come from
-        somebody else's update and stay."""
-        if self.target is None:
-            return
-        has = number(version)
-        if has is not None and has >= self.target.version:
-            return
+        somebody else's update and stay. What it has then."""
+        if self.target is None or rank(version) >= self.target.version:
+            return version
         logger.warning("%s has weights '%s': bringing it to version %d", worker, version, self.target.version)
         error = await self._try_update(worker, self.target, "abort", paused=False)
         if error is not None:
             raise EngineError(
                 f"has weights '{version}' and could not be brought to version {self.target.version}: {error}"
             ) from error
+        return str(self.target.version)
 
     async def _try_update(self, worker: str, target: Target, mode: UpdateMode, *, paused: bool) -> EngineError | None:
         """Pause, update, go on; the error if the worker refused. With requests in flight SGLang cannot flush its cache and
@@ -146,16 +144,22 @@ class Control:
         async def one(replica: Replica) -> None:
             try:
                 await self._identify(replica)
-                for worker, answer in zip(
-                    replica.workers, await asyncio.gather(*map(act, replica.workers), return_exceptions=True), strict=True
-                ):
-                    if isinstance(answer, BaseException):
-                        raise answer
-                    answers[worker] = answer
             except ServerLost as error:
                 self._replicas.failed(replica, error.why, decisive=True)
-            except EngineError as error:
-                errors.append(error)
+                return
+            workers = replica.workers
+            results = await asyncio.gather(*map(act, workers), return_exceptions=True)
+            for worker, result in zip(workers, results, strict=True):
+                if isinstance(result, ServerLost):
+                    logger.warning("%s took no part in %s: %s", worker, what, result.why)
+                    if not replica.is_router:  # a router goes round a worker that is gone
+                        self._replicas.failed(replica, result.why, decisive=True)
+                elif isinstance(result, EngineError):
+                    errors.append(result)
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    answers[worker] = result
 
         await asyncio.gather(*(one(replica) for replica in self._replicas.all if replica.up))
         if errors:

@@ -20,7 +20,7 @@ from agentloop.engines.sglang_server.flights import Call, Gate, Landed, Sender
 from agentloop.engines.sglang_server.health import Prober
 from agentloop.engines.sglang_server.http import Http, ServerLost
 from agentloop.engines.sglang_server.replicas import Replicas
-from agentloop.engines.sglang_server.workers import Limits, limits, number
+from agentloop.engines.sglang_server.workers import Limits, limits, number, rank
 from agentloop.errors import EngineError, nearest
 from agentloop.trajectory import StopReason
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TAGS = ("weights", "kv_cache", "cuda_graph")
-UNNUMBERED = -1
-"""`min_weight_version` of tokens that may be of weights which the server gave no number («default»)."""
 SPARE_FILES = 128
 
 
@@ -188,7 +186,7 @@ class SGLangServerEngine(Engine):
         if landed is not None:
             told = str(landed.answer["meta_info"].get("weight_version"))
             replica = landed.replica
-            if not replica.is_router and (number(told) or UNNUMBERED) > (number(replica.version) or UNNUMBERED):
+            if not replica.is_router and rank(told) > rank(replica.version):
                 replica.version = told
         return landed, queue_s
 
@@ -260,10 +258,12 @@ class SGLangServerEngine(Engine):
         """Aborts every request on the servers, of others too, and frees GPU memory; they need `--enable-memory-saver`."""
         self._check_open()
         self._check_tags(tags)
-        self._asleep.update(tags)
+        new = [tag for tag in tags if tag not in self._asleep]
+        self._asleep.update(new)
         self._resting = True
         await self.abort_all()
-        await self._control.release_memory(tags)
+        if new:
+            await self._control.release_memory(new)
 
     async def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         self._check_tags(tags)
@@ -308,34 +308,33 @@ class SGLangServerEngine(Engine):
     async def _learn(self) -> Limits:
         """The model's limits, from the first server that is up; waits for one. Raises `EngineError` if none comes up."""
         self._prober.start()
-        async with self._learning:
-            while self._limits is None:
-                replica = next((replica for replica in self._replicas.all if replica.up), None)
-                if replica is None:
-                    await self._any_up()
-                    continue
-                try:
-                    self._limits = await limits(self._http, replica.workers[0], self.config.probe_timeout_s)
-                except ServerLost as error:
-                    self._replicas.failed(replica, error.why, decisive=True)
+        clock = asyncio.get_running_loop()
+        deadline = clock.time() + self.config.unavailable_s
+        while self._limits is None:
+            replica = next((replica for replica in self._replicas.all if replica.up), None)
+            if replica is None:
+                await asyncio.wait({self._replicas.bell.next()}, timeout=max(deadline - clock.time(), 0.0))
+                self._check_open("was")
+                if clock.time() >= deadline:
+                    waited = self.config.unavailable_s
+                    raise EngineError(f"no server can be used, waited {waited:g} s: {self._replicas.errors()}")
+                continue
+            async with self._learning:
+                if self._limits is None:
+                    try:
+                        self._limits = await limits(self._http, replica.workers[0], self.config.probe_timeout_s)
+                    except ServerLost as error:
+                        self._replicas.failed(replica, error.why, decisive=True)
         return self._limits
-
-    async def _any_up(self) -> None:
-        patience = self.config.unavailable_s
-        done, _ = await asyncio.wait({self._replicas.bell.next()}, timeout=patience)
-        if self._closed:
-            raise EngineError("the engine was closed")
-        if not done:
-            raise EngineError(f"no server can be used, waited {patience:g} s: {self._replicas.errors()}")
 
 
 def _began(landed: Landed) -> int | None:
-    """The version when the request was sent, as `Generation.min_weight_version` wants it."""
+    """The version when the request was sent, as `Generation.min_weight_version` wants it; -1 if the server gave it no number
+    and the answer is of a later one."""
     before, after = landed.version_before, str(landed.answer["meta_info"].get("weight_version"))
     if before is None or before == after:
         return None
-    known = number(before)
-    return UNNUMBERED if known is None else known
+    return rank(before)
 
 
 def _affordable(connections: int) -> int:

@@ -22,6 +22,7 @@ ROUTING_KEY = "X-SMG-Routing-Key"
 ABORTS_AT_A_TIME = 64
 ABORT_AGAIN_S = 0.5
 """An abort that overtakes its request finds nothing to abort, so it is repeated until the request has ended."""
+TOO_MANY, INTERNAL = 429, 500
 BACKOFF_S = (0.1, 2.0)
 """First and longest pause before the same replica is tried again."""
 
@@ -101,9 +102,9 @@ class Sender:
                     if call.aborted.done():
                         return None
                     avoid.add(replica)
-                    if not error.busy:
+                    if error.status not in (TOO_MANY, INTERNAL):
                         self._replicas.failed(replica, error.why, decisive=error.refused)
-                        lost += error.sent
+                    lost += error.sent and error.status != TOO_MANY
                     if lost > config.resends:
                         raise EngineError(f"the request was lost {lost} times, the last time by {error}") from error
                     self.resent += 1
@@ -144,7 +145,7 @@ class Sender:
             self.land(call.trajectory_id, flight)
             raise
         except ServerLost as error:
-            if error.sent and not error.busy:
+            if error.sent and error.status is None:
                 self.land(call.trajectory_id, flight)
             raise
         finally:
@@ -178,6 +179,8 @@ class Sender:
             if not flight.answer.done():
                 await asyncio.wait({flight.answer}, timeout=min(ABORT_AGAIN_S, max(deadline - clock.time(), 0.0)))
             if flight.answer.done():
+                if not _answered(flight.answer):  # the abort has arrived, but perhaps before the request: once more later
+                    flight.replica.orphan(flight.rid)
                 return
         flight.replica.orphan(flight.rid)
         flight.answer.cancel()
@@ -185,19 +188,29 @@ class Sender:
         logger.warning("request %s was left behind on %s: %s", flight.rid, flight.replica.url, why)
 
     async def abort(self, workers: Iterable[str], rids: Iterable[str]) -> bool:
-        """Abort requests wherever they may be decoding; False if a worker could not be told."""
+        """Abort requests wherever they may be decoding; False if one that may be could not be told."""
         timeout = min(self._config.probe_timeout_s, self._config.abort_timeout_s)
 
         async def tell(worker: str, rid: str) -> bool:
             async with self._aborts:
                 try:
                     await self._http.post(worker, "/abort_request", {"rid": rid}, timeout_s=timeout)
-                except (ServerLost, ServerRefused) as error:
+                except ServerLost as error:
+                    return error.refused  # nothing runs there any more
+                except ServerRefused as error:
                     logger.warning("request %s could not be aborted: %s", rid, error)
                     return False
                 return True
 
         return all(await asyncio.gather(*(tell(worker, rid) for worker in workers for rid in rids)))
+
+
+def _answered(answer: asyncio.Task[Any]) -> bool:
+    """The server is done with the request, and not only the connection."""
+    if answer.cancelled():
+        return False
+    error = answer.exception()
+    return error is None or not isinstance(error, ServerLost) or error.status is not None or error.refused
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:

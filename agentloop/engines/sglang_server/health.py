@@ -10,7 +10,7 @@ from agentloop.engines.sglang_server.config import SGLangServerConfig
 from agentloop.engines.sglang_server.flights import Sender
 from agentloop.engines.sglang_server.http import Http, ServerLost, ServerRefused
 from agentloop.engines.sglang_server.replicas import Replica, Replicas
-from agentloop.engines.sglang_server.workers import number, router_workers, version
+from agentloop.engines.sglang_server.workers import rank, router_workers, version
 from agentloop.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,11 @@ class Prober:
         *,
         resting: Callable[[], bool],
         changing: Callable[[], bool],
-        catch_up: Callable[[str, str], Awaitable[None]],
+        catch_up: Callable[[str, str], Awaitable[str]],
     ) -> None:
         """`resting`: the servers generate nothing now. `changing`: their weights are being updated, leave them alone.
-        `catch_up(worker, version)`: bring a worker that reports `version` to the weights that the others have."""
+        `catch_up(worker, version)`: bring a worker that reports `version` to the weights that the others have; what it has
+        then."""
         self._config = config
         self._http = http
         self._replicas = replicas
@@ -90,12 +91,13 @@ class Prober:
             await http.get(replica.url, "/health", timeout_s=config.health_timeout_s)
         if self._changing():  # an update began meanwhile: what was read may be of before
             return
-        told = [value for value in versions if value is not None]
-        replica.version = min(told, key=lambda value: -1 if (n := number(value)) is None else n) if told else None
-        for worker, value in zip(replica.workers, versions, strict=True):
-            if value is not None:
-                await self._catch_up(worker, value)
-        if replica.orphans:
+        told = [
+            await self._catch_up(worker, value)
+            for worker, value in zip(replica.workers, versions, strict=True)
+            if value is not None
+        ]
+        replica.version = min(told, key=rank) if told else None
+        if replica.orphans and not self._resting():  # while generation is paused an abort may do nothing
             orphans, replica.orphans = replica.orphans, []
             if not await self._sender.abort(replica.workers, orphans):
                 replica.orphans = orphans + replica.orphans

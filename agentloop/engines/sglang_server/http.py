@@ -20,15 +20,15 @@ KEEPALIVE_S = 2.0
 class ServerLost(Exception):
     """The server did not answer, or failed. What was asked may be asked elsewhere."""
 
-    def __init__(self, url: str, why: str, *, sent: bool = True, refused: bool = False, busy: bool = False) -> None:
+    def __init__(self, url: str, why: str, *, sent: bool = True, refused: bool = False, status: int | None = None) -> None:
         super().__init__(f"{url}: {why}")
         self.why = why
         self.sent = sent
         """False if nothing can have reached it."""
         self.refused = refused
         """Nothing listens there."""
-        self.busy = busy
-        """It said that it has too much to do (429): no failure."""
+        self.status = status
+        """What it answered, if it did: 429 (too much to do), 500 (it failed this one request), 502 to 504."""
 
 
 class ServerRefused(EngineError):
@@ -94,7 +94,7 @@ class Http:
             return _json(url, path, content)
         why = f"{path} answered {response.status}: {_message(content)}"
         if response.status == 429 or response.status >= 500:
-            raise ServerLost(url, why, busy=response.status == 429)
+            raise ServerLost(url, why, status=response.status)
         raise ServerRefused(f"{url}: {why}")
 
     async def close(self) -> None:

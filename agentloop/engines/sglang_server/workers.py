@@ -11,6 +11,8 @@ from typing import Any
 from agentloop.engines.sglang_server.http import Http, ServerLost, ServerRefused
 
 Experts = tuple[int, int]
+UNNUMBERED = -1
+"""Instead of a version: weights to which the server gave no number («default»)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ async def limits(http: Http, url: str, timeout_s: float) -> Limits:
     """Ask a server (`/model_info`, `/v1/models`, `/server_info`) and read its model's `config.json` if it lies on a disk that
     this process sees. Raises `ServerLost` and `ServerRefused`."""
     info = await http.get(url, "/model_info", timeout_s=timeout_s)
-    models = await http.get(url, "/v1/models", timeout_s=timeout_s)
-    server = await http.get(url, "/server_info", timeout_s=timeout_s, key="key")
+    models = await _optional(http, url, "/v1/models", timeout_s)
+    server = await _optional(http, url, "/server_info", timeout_s)
     contexts = [card.get("max_model_len") for card in models.get("data", ()) if card.get("max_model_len")]
     most = server.get("max_req_input_len")
     path = info.get("model_path")
@@ -45,6 +47,18 @@ async def limits(http: Http, url: str, timeout_s: float) -> Limits:
         experts=_experts(config),
         model_path=path,
     )
+
+
+async def _optional(http: Http, url: str, path: str, timeout_s: float) -> Any:
+    """The answer, or an empty one from a server that cannot tell."""
+    try:
+        return await http.get(url, path, timeout_s=timeout_s)
+    except ServerRefused:
+        return {}
+    except ServerLost as error:
+        if error.status is None:
+            raise
+        return {}
 
 
 async def version(http: Http, url: str, timeout_s: float) -> str:
@@ -66,6 +80,12 @@ async def router_workers(http: Http, url: str, timeout_s: float) -> tuple[str, .
         raise ServerLost(url, "the router has no workers")
     # With data parallelism a router may list one worker as url@rank for each rank.
     return tuple(dict.fromkeys(worker.partition("@")[0] for worker in urls))
+
+
+def rank(raw: str | None) -> int:
+    """For comparing weight versions: what has no number is older than everything that has one."""
+    known = number(raw)
+    return UNNUMBERED if known is None else known
 
 
 def number(raw: str | None) -> int | None:
