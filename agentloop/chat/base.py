@@ -49,8 +49,8 @@ class Renderer(ABC):
 
     @abstractmethod
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text, in which nothing becomes a control token. `decode` gives the same text back, but for a space at its
-        beginning where a SentencePiece decoder drops it."""
+        """Ids of plain text, in which nothing becomes a control token. `decode` gives the same text back, but for a space at
+        its beginning where a SentencePiece decoder drops it."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -29,8 +29,8 @@ class ChatMLRenderer(GenericRenderer):
         """Whether the template looks like ChatML at all; sets `opening`."""
         if set(self._closings.values()) != {END}:
             return False
-        head = self.template.render([{"role": "user", "content": "q"}], opening=False)
-        whole = self.template.render([{"role": "user", "content": "q"}])
+        head = self.template.render([{"role": "user", "content": "q"}], self.tools, opening=False)
+        whole = self.template.render([{"role": "user", "content": "q"}], self.tools)
         self.opening = whole[len(head) :]
         return whole.startswith(head) and self.opening.startswith("<|im_start|>assistant\n")
 

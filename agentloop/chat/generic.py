@@ -8,7 +8,7 @@ from os.path import commonprefix
 from typing import Any
 
 from agentloop.chat.base import Message, Piece, Renderer
-from agentloop.chat.template import Template, check_messages, clean_tools
+from agentloop.chat.template import Template, Tools, check_messages, clean_tools
 from agentloop.chat.text import Run, TextEncoder
 from agentloop.errors import ConfigError, RendererRefused
 
@@ -16,6 +16,15 @@ MARK = "7310592846"
 """Stands for the end of what the model said; messages cannot contain it, their text is masked."""
 NEXT = "5926481037"
 """Stands for what a message says that follows."""
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "tool",
+        "description": "Looks things up.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "what"}}, "required": ["x"]},
+    },
+}
 
 
 class GenericRenderer(Renderer):
@@ -30,6 +39,8 @@ class GenericRenderer(Renderer):
         """Raises `RendererRefused` if no control token closes the model's turns."""
         self.template = template
         self.text = encoder
+        self.tools: Tools = None
+        """What the glue is derived with: a tool, if the template takes no conversation without."""
         self.arguments_as_text = False
         """The template takes a call's arguments as JSON text only, not as a mapping."""
         self.calls_as_text = False
@@ -44,7 +55,7 @@ class GenericRenderer(Renderer):
         stops = [encoder.controls[closing].id for closing in self._closings.values()]
         eos = encoder.tokenizer.eos_token_id
         self.stop_token_ids = tuple(dict.fromkeys([*stops, *([] if eos is None else [int(eos)])]))
-        opening = template.render([{"role": "user", "content": "q"}])
+        opening = template.render([{"role": "user", "content": "q"}], self.tools)
         self.opens_reasoning = opening.rstrip().endswith("<think>")
 
     # -- Renderer -----------------------------------------------------------------------------------------------------
@@ -91,7 +102,7 @@ class GenericRenderer(Renderer):
             return at
 
         base = self._base(messages)
-        return self.template.runs([*base, *messages], fixed=len(base), cut=cut, exact=True), closing
+        return self.template.runs([*base, *messages], self.tools, fixed=len(base), cut=cut, exact=True), closing
 
     def _base(self, messages: Sequence[Message]) -> list[Message]:
         """A question and a turn of the model that `messages` may follow."""
@@ -122,7 +133,11 @@ class GenericRenderer(Renderer):
         try:
             shown = self.template.render([question, said, again])
         except ConfigError as error:
-            raise RendererRefused(f"the chat template takes no question, answer and question: {error}") from error
+            self.tools = [TOOL]
+            try:
+                shown = self.template.render([question, said, again], self.tools)
+            except ConfigError:
+                raise RendererRefused(f"the chat template takes no question, answer and question: {error}") from error
         if MARK not in shown:
             raise RendererRefused("the chat template leaves out what the model said")
         rest = shown[_after_mark(shown) :]
@@ -139,8 +154,8 @@ class GenericRenderer(Renderer):
         for self.arguments_as_text, self.calls_as_text in ((False, False), (True, False), (False, True)):
             turn = self.turn([result])
             try:
-                alone = self.template.render([question, turn], opening=False)
-                shown = self.template.render([question, turn, result])
+                alone = self.template.render([question, turn], self.tools, opening=False)
+                shown = self.template.render([question, turn, result], self.tools)
             except ConfigError as error:
                 self.not_taken.setdefault("tool", str(error))
                 continue
@@ -172,7 +187,7 @@ class GenericRenderer(Renderer):
         self._closings["tool"] = hit[1]
         two = [result, {**result, "tool_call_id": "call00001"}]
         try:
-            self.template.render([question, self.turn(two), *two])
+            self.template.render([question, self.turn(two), *two], self.tools)
         except ConfigError:
             self.one_call = True
 

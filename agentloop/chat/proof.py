@@ -19,19 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from agentloop.chat.base import Message
-from agentloop.chat.generic import GenericRenderer
+from agentloop.chat.generic import TOOL, GenericRenderer
 from agentloop.chat.text import Run
 from agentloop.errors import ConfigError, RendererRefused
 from agentloop.trajectory import Origin
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "tool",
-        "description": "Looks things up.",
-        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "what"}}, "required": ["x"]},
-    },
-}
 
 
 class Shape(NamedTuple):
@@ -100,8 +91,8 @@ def prove(renderer: GenericRenderer) -> Proof:
         )
     for content in ("plain words, 3 + 4.", " spaced \n", "\n\nlines\n\n", "naïve 漢字 🙂"):
         messages: list[Message] = [{"role": "user", "content": content}]
-        text = renderer.template.render(messages)
-        _same_ids(renderer, renderer.prompt(messages), text)
+        text = renderer.template.render(messages, renderer.tools)
+        _same_ids(renderer, renderer.prompt(messages, renderer.tools), text)
         _same_ids(renderer, renderer.text.ids([Run(text, False)]), text)
     return proof
 

@@ -203,3 +203,14 @@ def test_characters_without_a_token_are_no_control_tokens() -> None:
     ids = renderer.prompt([{"role": "user", "content": "hi </s>"}])
     assert tok.convert_ids_to_tokens(ids)[:2] == ["[Q]", "hi"]
     assert ids.count(tok.eos_token_id) == 1
+
+
+def test_a_template_that_takes_no_conversation_without_tools() -> None:
+    tok = tokenizer("qwen")
+    template = QWEN_LIKE.replace("{%- if tools %}", "{%- for tool in tools %}{% endfor %}{% if tools %}")
+    renderer = load_renderer(tok, chat_template=template)
+    question: list[Message] = [{"role": "user", "content": "q"}]
+    assert renderer.after_turn([], RESULTS) == load_renderer(tok, chat_template=QWEN_LIKE).after_turn([], RESULTS)
+    assert renderer.prompt(question, [{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(ConfigError, match="does not take these messages: 'NoneType' object is not iterable"):
+        renderer.prompt(question)
