@@ -90,7 +90,9 @@ def _read_index(path: Path, size: int) -> Rows | None:
         rows = Rows()
         rows.size, rows.bad_lines = head["size"], head["bad_lines"]
         rows.by_id = {row["id"]: row for row in rest}
-    except (OSError, ValueError, KeyError, TypeError):
+        if any(row.keys() != _KEYS for row in rest):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return rows
 
@@ -120,3 +122,6 @@ def _new_row(event: dict[str, Any]) -> RawRow:
         "total_s": 0.0,
         "lines": [],
     }
+
+
+_KEYS = _new_row({"id": "", "sample": {"uid": "", "data_source": ""}, "sibling": 0, "attempt": 0, "t": 0.0}).keys()

@@ -32,11 +32,12 @@ def next_generation(run_dir: str | Path, start: str | None = None) -> int:
     try:
         starts.mkdir(parents=True, exist_ok=True)
         while True:
+            # First the number, then who has one: whoever claims in between takes this number, and the link fails.
+            generation = max([0, *_generations(run_dir)]) + 1
             if start is not None:
                 for path in starts.glob("g*.json"):
                     if path.stem[1:].isdigit() and _start_of(path) == start:
                         return int(path.stem[1:])
-            generation = max([0, *_generations(run_dir)]) + 1
             # Linked and not written in place: whoever sees the file sees whose it is.
             claim = starts / f"claim-{uuid4().hex}.part"
             claim.write_bytes(dump_line({"generation": generation, "started": _now(), "start": start}))

@@ -160,9 +160,10 @@ def _read_events(row: Row) -> list[Mapping[str, Any]]:
             for offset, length in row.lines:
                 file.seek(offset)
                 events.append(load_line(file.read(length)))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise JournalError(f"{row.file}: trajectory {row.id}: {error}") from error
-    if events[0].get("type") != "traj_start" or any(event.get("id") != row.id for event in events):
+    ours = events and all(isinstance(event, dict) and event.get("id") == row.id for event in events)
+    if not ours or events[0].get("type") != "traj_start":
         raise JournalError(f"{row.file}: trajectory {row.id}: the index is not this file's")
     return events
 

@@ -210,7 +210,17 @@ def build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | None
 
     Raises `JournalError` if a frame is damaged or missing, or the tokens are not those that the writer counted.
     """
+    try:
+        return _build(row, events, token_file)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise JournalError(f"{row.file}: trajectory {row.id}: an event is missing or damaged: {error!r}") from error
+
+
+def _build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | None) -> RecordedTrajectory:
     start = events[0]
+    for kind, value in ((EndReason, row.end_reason), (State, row.state)):
+        if value is not None:
+            kind(value)
     turns: list[Turn] = []
     texts: list[str | None] = []
     times: list[float] = []

@@ -107,7 +107,11 @@ class Fleet:
         return self._alive
 
     def _watch(self, index: int) -> None:
-        watcher = self._alive[index].watch.remote().future()
+        with self._lock:
+            actor = self._alive.get(index)
+        if actor is None:
+            return
+        watcher = actor.watch.remote().future()
         self._watchers[index] = watcher  # the call's reference must live
         # Ray's own thread runs the callback and must not be kept.
         watcher.add_done_callback(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,28 @@ def test_a_damaged_frame_is_reported_and_the_rest_is_readable(tmp_path: Path) ->
     [problem] = run.verify()
     assert problem.kind == "damaged"
     assert str(frame["off"]) in problem.what
+
+
+def test_whatever_byte_is_damaged_is_a_problem_that_is_told_and_never_a_crash(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode, meta={"seed": 1}) as writer:
+        for seed in range(3):
+            conversation(writer, seed)
+    files = list((tmp_path / "train" / "step_000000").iterdir())
+    whole = {path: path.read_bytes() for path in files}
+    rng = random.Random(0)
+    for _ in range(200):
+        for path in files:
+            path.write_bytes(whole[path])
+        path = rng.choice(files)
+        data = bytearray(whole[path])
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.choice(b'0123456789"{}[],:abcxyz\n \x00\xff')
+        path.write_bytes(data)
+        run = Run(tmp_path)
+        run.verify()
+        for row in run.trajectories():
+            with suppress(JournalError):
+                run.load(row)
 
 
 def test_a_lost_token_file_is_reported(tmp_path: Path) -> None:
