@@ -39,7 +39,10 @@ class ExpressionError(ValueError):
 def calculate(text: str) -> str:
     """The value of an expression: an integer as such, a fraction as `7/4 = 1.75` or `1/3 ≈ 0.333333333333333`, another
     number as `2*sqrt(2) ≈ 2.82842712474619`. Raises `ExpressionError`."""
-    return _show(_Parser(text).parse())
+    try:
+        return _show(_Parser(text).parse())
+    except ArithmeticError as error:  # mpmath, wherever sympy asks it: what it divides by cannot be told from 0
+        raise ExpressionError("the result cannot be computed precisely enough") from error
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------------
@@ -264,10 +267,7 @@ class _Numbers:
 
     def _approximate(self, value: Any, places: int = 30) -> Any:
         """A sympy Float; `ExpressionError` if the value is not real or out of bounds."""
-        try:
-            number = value.evalf(places, maxn=4 * places)
-        except ArithmeticError as error:  # mpmath divides by what cannot be told from 0
-            raise ExpressionError("the result cannot be computed precisely enough") from error
+        number = value.evalf(places, maxn=4 * places)
         if not number.is_Float and not number.is_Rational:
             if number.has(self._sp.I) or value.is_real is False:
                 raise ExpressionError("the result is not a real number")
@@ -321,6 +321,7 @@ class _Numbers:
             raise ExpressionError("a negative number to a power that is not whole is not a real number")
         if base in (1, -1) and exponent.is_Integer:
             return base if int(exponent) % 2 else self._sp.Integer(1)
+        self._check_logarithms(exponent)
         size = abs(self._approximate(exponent))
         if size * self._weight(base) > 2 * MAX_DIGITS and not self._small_base(base, size):
             raise _too_large()
@@ -342,7 +343,16 @@ class _Numbers:
         """Integers of few digits, whose weight says too little: 2**3000 has 904 digits."""
         return bool(base.is_Integer) and size * math.log10(abs(int(base))) <= MAX_DIGITS
 
+    def _check_logarithms(self, exponent: Any) -> None:
+        """In an exponent sympy takes factors into logarithms, however deep they stand: 10**20*log(3) as log(3**10**20)."""
+        for term in exponent.atoms(self._sp.Mul):
+            coefficient, rest = term.as_coeff_Mul()
+            weight = sum(self._weight(log.args[0]) for log in self._sp.Mul.make_args(rest) if isinstance(log, self._sp.log))
+            if abs(coefficient) * weight > 2 * MAX_DIGITS:
+                raise _too_large()
+
     def _exp(self, value: Any) -> Any:
+        self._check_logarithms(value)
         # Term by term: sympy splits the exponential of a sum, and exp(n*log(m)) is the integer m**n.
         for term in self._sp.Add.make_args(value):
             if abs(self._approximate(term)) > MAX_DIGITS * math.log(10):

@@ -112,6 +112,10 @@ def test_what_the_model_reads(text: str, shown: str) -> None:
 
 HOSTILE = [
     "9**9**9",
+    "exp(log10(ln(123456789)*10**20))",
+    "10**log10(ln(123456789)*10**20)",
+    "exp(sin(ln(3)*10**20)*ln(2))",
+    "exp(10**20*ln(1 + 1/10**30))",
     "10**10**10",
     "2**-10**10",
     "factorial(10**9)",
