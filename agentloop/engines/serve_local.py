@@ -284,6 +284,8 @@ class LocalServer:
         return _json({"success": True, "message": f"Weight version updated to {self._version}", "new_version": self._version})
 
     async def _flush(self, request: web.Request) -> web.StreamResponse:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), float(request.query.get("timeout", 0)))
         if self._running:
             return web.Response(text="Flush cache failed.\n", status=400)
         await self._engine.sleep(("kv_cache",))

@@ -16,6 +16,7 @@ import torch
 from agentloop.engines.base import Engine, Sampling
 from agentloop.engines.local import LocalEngine
 from agentloop.engines.scripted import ScriptedEngine, ScriptedTurn
+from tests.conformance import sglang_server
 
 MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
 """0.88 M parameters, trained; context 1024."""
@@ -119,11 +120,33 @@ def no_sglang() -> str | None:
     return no_cuda()
 
 
+SGLANG_SERVER = (
+    *("--dtype", "float32", "--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
+    *("--disable-piecewise-cuda-graph", "--enable-memory-saver", "--mem-fraction-static", "0.3", "--log-level", "warning"),
+)
+"""Of `sglang.launch_server`: float32, for comparisons with transformers, and kernels that need no FlashAttention."""
+
 KINDS: dict[str, Kind] = {
     "scripted": Kind(scripted, running=running_scripted, samples=False),
     "local": Kind(local, running=running_local),
     "local_cuda": Kind(lambda: local("cuda"), unavailable=no_cuda, running=running_local, gpu=True, tolerance=2e-3),
 }
+
+
+KINDS["sglang_server"] = Kind(
+    lambda: sglang_server.over_local(MODEL), running=sglang_server.running, keeps_on=False, scores_at=(1.0,)
+)
+KINDS["sglang_server_real"] = Kind(
+    lambda: sglang_server.over_sglang(MODEL, SGLANG_SERVER),
+    unavailable=no_sglang,
+    running=sglang_server.running,
+    gpu=True,
+    shared=True,
+    seeds=False,
+    keeps_on=False,
+    scores_at=(1.0,),
+    tolerance=2e-2,
+)
 
 
 def parameters() -> list[Any]:

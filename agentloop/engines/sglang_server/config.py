@@ -55,7 +55,7 @@ class SGLangServerConfig(Strict):
     """What happens to requests that are decoding when weights are updated. `abort`: they end with the tokens so far, under
     the old version, and the loop goes on from them under the new one: every token has an exact version, and the prefix cache
     is flushed. `retract` and `in_place`: they go on in the server (recomputed, or on their old keys and values) and are marked
-    as mixed; the prefix cache cannot be flushed then, so later turns may reuse keys and values of the old weights."""
+    as mixed; the prefix cache cannot be flushed then, so later turns ask with a new cache key and compute their input anew."""
     weights_dir: Path | None = None
     """A folder that this process and all servers see under this path: `update_weights` writes the tensors there."""
     routed_experts: bool = False

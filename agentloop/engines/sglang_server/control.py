@@ -45,28 +45,29 @@ class Control:
         self.changing = False
         """Weights are being updated."""
 
-    async def everywhere(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """POST to all workers that are up; their answers by address."""
-        return await self._each(lambda worker: self._post(worker, path, body), path)
-
     async def flush_cache(self) -> None:
         """Drop the prefix caches. Raises `EngineError` if a server has requests: SGLang flushes none then."""
-        await self.everywhere("/flush_cache", {})
+        await self._each(lambda worker: self._post(worker, "/flush_cache"), "flushing the cache")
 
     async def pause_generation(self, mode: UpdateMode) -> None:
-        await self.everywhere("/pause_generation", {"mode": mode})
+        await self._each(lambda worker: self._post(worker, "/pause_generation", {"mode": mode}), "pausing")
 
     async def continue_generation(self) -> None:
-        await self.everywhere("/continue_generation", {})
+        await self._each(lambda worker: self._post(worker, "/continue_generation"), "going on")
 
-    async def release_memory(self, tags: Sequence[str]) -> None:
-        """SGLang frees memory only while it has no request, and ends itself otherwise; so generation is paused first, and
-        stays so: the health checks of others would wake it."""
-        await self.everywhere("/pause_generation", {"mode": "abort"})
-        await self.everywhere("/release_memory_occupation", {"tags": list(tags)})
+    async def release_memory(self, tags: Sequence[str], *, rested: bool) -> None:
+        """Generation is paused first, and stays so: others' requests and health checks would end a server that sleeps.
+        `rested`: it is paused already."""
+
+        async def release(worker: str) -> None:
+            if not rested:
+                await self._quieten(worker)
+            await self._post(worker, "/release_memory_occupation", {"tags": list(tags)})
+
+        await self._each(release, "freeing memory")
 
     async def resume_memory(self, tags: Sequence[str], *, awake: bool) -> None:
-        await self.everywhere("/resume_memory_occupation", {"tags": list(tags)})
+        await self._each(lambda worker: self._post(worker, "/resume_memory_occupation", {"tags": list(tags)}), "taking memory")
         if awake:
             await self.continue_generation()
 
@@ -110,30 +111,34 @@ class Control:
         return str(self.target.version)
 
     async def _try_update(self, worker: str, target: Target, mode: UpdateMode, *, paused: bool) -> EngineError | None:
-        """Pause, update, go on; the error if the worker refused. With requests in flight SGLang cannot flush its cache and
-        would end itself over it, so only `abort` flushes."""
-        body = {
-            "model_path": target.path,
-            "weight_version": str(target.version),
-            "flush_cache": mode == "abort",
-        }
+        """Pause, update, go on; the error if the worker refused. The update itself must not flush the cache: if a request is
+        left, that ends the server (`managers/scheduler_update_weights_mixin.py`)."""
+        body = {"model_path": target.path, "weight_version": str(target.version), "flush_cache": False}
         if target.load_format is not None:
             body["load_format"] = target.load_format
-        if not paused:
-            await self._post(worker, "/pause_generation", {"mode": mode})
         try:
+            if not paused and mode == "abort":
+                await self._quieten(worker)
+            elif not paused:
+                await self._post(worker, "/pause_generation", {"mode": mode})
             answer = await self._post(worker, "/update_weights_from_disk", body)
         except ServerRefused as error:
             return error
         finally:
             if not paused:
-                await self._post(worker, "/continue_generation", {})
+                await self._post(worker, "/continue_generation")
         if not (isinstance(answer, dict) and answer.get("success")):
             return EngineError(f"{worker}: the weight update failed: {answer}")
         return None
 
-    async def _post(self, worker: str, path: str, body: dict[str, Any]) -> Any:
-        return await self._http.post(worker, path, body, timeout_s=self._config.control_timeout_s)
+    async def _quieten(self, worker: str) -> None:
+        """Abort everything, wait until the scheduler is idle, which is a step after its last answer, and empty its cache."""
+        limit = self._config.control_timeout_s
+        await self._post(worker, "/pause_generation", {"mode": "abort"})
+        await self._post(worker, f"/flush_cache?timeout={limit / 2:g}")
+
+    async def _post(self, worker: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        return await self._http.post(worker, path, body or {}, timeout_s=self._config.control_timeout_s)
 
     async def _each(self, act: Callable[[str], Awaitable[Any]], what: str) -> dict[str, Any]:
         """`act` on all workers of the replicas that are up, side by side; the results by worker. Those that are lost eject

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import resource
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentloop.config import validate
 from agentloop.engines import sglang_protocol as protocol
@@ -21,11 +21,9 @@ from agentloop.engines.sglang_server.health import Prober
 from agentloop.engines.sglang_server.http import Http, ServerLost
 from agentloop.engines.sglang_server.replicas import Replicas
 from agentloop.engines.sglang_server.workers import Limits, limits, number, rank
+from agentloop.engines.sglang_weights import Weights
 from agentloop.errors import EngineError, nearest
 from agentloop.trajectory import StopReason
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +92,7 @@ class SGLangServerEngine(Engine):
         self._updating = asyncio.Lock()
         self._slots = asyncio.Semaphore(_affordable(config.max_connections))
         self._calls: set[Call] = set()
+        self._cache_key: str | None = None
         self._folder = weights_on_disk.Folder(config.weights_dir)
         self._closed = False
 
@@ -128,6 +127,12 @@ class SGLangServerEngine(Engine):
             raise EngineError(f"no server can be used: {self._replicas.errors()}")
         await self._learn()
 
+    async def wait_until_up(self) -> None:
+        """Wait until a server can be used, for servers that have just been started. Raises `EngineError` after
+        `unavailable_s`."""
+        self._check_open()
+        await self._learn()
+
     # -- generating ---------------------------------------------------------------------------------------------------
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, trajectory_id: str) -> Generation:
@@ -141,18 +146,25 @@ class SGLangServerEngine(Engine):
             room=None if known.context is None else known.context - len(own),
             ignore_eos=self.config.ignore_eos,
             routed_experts=self.config.routed_experts,
+            cache_key=self._cache_key,
         )
         landed, queue_s = await self._send(trajectory_id, body)
         if landed is None:
             version = self.weight_version
             return Generation([], [] if sampling.log_probs else None, StopReason.ABORTED, version, version, queue_s=queue_s)
-        return protocol.generation(
+        answer = protocol.generation(
             landed.answer,
             log_probs=sampling.log_probs,
             began_version=_began(landed),
             queue_s=queue_s,
             experts_shape=known.experts,
         )
+        if self.config.routed_experts and answer.data is None and answer.stop_reason is not StopReason.ABORTED:
+            raise EngineError(
+                f"{landed.replica.url} answered no routed experts; servers need --enable-return-routed-experts, and a router "
+                "may leave the question out (sglang-router 0.3.2 does): name the servers themselves in 'urls'"
+            )
+        return answer
 
     async def score(self, ids: Sequence[int], *, temperature: float = 1.0) -> list[float]:
         """At temperature 1 only. One prefill of its own, without the prefix cache, on the replica with the least load."""
@@ -228,9 +240,7 @@ class SGLangServerEngine(Engine):
 
     # -- weights and memory -------------------------------------------------------------------------------------------
 
-    async def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]], version: int
-    ) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> None:
         """Writes the tensors into `weights_dir`, from which the servers read them; what was written before goes.
 
         Names and shapes are checked against the checkpoint that the servers were started with, if this process sees it:
@@ -238,7 +248,7 @@ class SGLangServerEngine(Engine):
         """
         self._check_open()
         known = await self._learn()
-        folder = await self._folder.write(weights, version, weights_on_disk.shapes(known.model_path))
+        folder = await self._folder.write(weights, version, await asyncio.to_thread(weights_on_disk.shapes, known.model_path))
         await self.update_weights_from_disk(str(folder), version)
         self._folder.keep_only(folder)
 
@@ -251,6 +261,9 @@ class SGLangServerEngine(Engine):
             self._gate.hold("weights")
             try:
                 await self._control.update_weights_from_disk(Target(path, version, load_format), asleep=self._resting)
+                if self.config.update_mode != "abort":
+                    # The prefix cache cannot be flushed while there are requests: from here on nobody reads what it has.
+                    self._cache_key = f"{version}/{protocol.new_request_id()}"
             finally:
                 self._gate.let("weights")
 
@@ -259,11 +272,13 @@ class SGLangServerEngine(Engine):
         self._check_open()
         self._check_tags(tags)
         new = [tag for tag in tags if tag not in self._asleep]
+        if not new:
+            return
+        rested = bool(self._asleep)
         self._asleep.update(new)
         self._resting = True
         await self.abort_all()
-        if new:
-            await self._control.release_memory(new)
+        await self._control.release_memory(new, rested=rested)
 
     async def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         self._check_tags(tags)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import shutil
 import tempfile
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from agentloop.engines.sglang_weights import Names, Weights, iterate
 from agentloop.errors import EngineError
-
-if TYPE_CHECKING:
-    import torch
 
 SHARD_BYTES = 4 << 30
 """Of one file; so much is in memory at a time beside the weights themselves."""
@@ -43,12 +40,12 @@ class Folder:
 
     async def write(
         self,
-        weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
+        weights: Weights,
         version: int,
         known: Mapping[str, list[int]] | None,
     ) -> Path:
-        """Write safetensors files. Raises `EngineError` for a name or a shape that is not in `known`, before anything of it
-        is given to a server."""
+        """Write safetensors files. Raises `EngineError` for names and shapes that are not in `known`, before a server sees
+        anything of them."""
         if self._shared is None:
             raise EngineError("the setting 'weights_dir' is missing: update_weights hands tensors over in a folder")
         if self._own is None:
@@ -56,12 +53,14 @@ class Folder:
         folder = _new_folder(f"{version}-", self._own)
         try:
             shard: dict[str, Any] = {}
-            held, files = 0, 0
-            async for name, tensor in _iterate(weights):
-                if known is not None:
-                    _check(name, list(tensor.shape), known)
-                shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-                held += shard[name].nbytes
+            held, files, names = 0, 0, Names(known)
+            async for name, tensor in iterate(weights):
+                wanted = names.take(name, tensor)
+                if wanted is None:
+                    continue
+                shard[wanted] = tensor.detach().to("cpu", copy=True).contiguous()
+                held += tensor.nbytes
+                await asyncio.sleep(0)
                 if held >= SHARD_BYTES:
                     await _save(shard, folder / f"model-{files:05}.safetensors")
                     shard, held, files = {}, 0, files + 1
@@ -82,17 +81,6 @@ class Folder:
             shutil.rmtree(self._own, ignore_errors=True)
 
 
-def _check(name: str, shape: list[int], known: Mapping[str, list[int]]) -> None:
-    if name not in known and name == "lm_head.weight" and "model.embed_tokens.weight" in known:
-        return  # tied: checkpoints keep one of the two
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"none of its {len(known)} is called like it"
-        raise EngineError(f"the model has no weight '{name}': {hint}")
-    if shape != known[name]:
-        raise EngineError(f"the weight '{name}' has shape {known[name]} and was given {shape}")
-
-
 def _new_folder(prefix: str, parent: Path) -> Path:
     """One that servers of other users can read."""
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -108,15 +96,3 @@ async def _save(shard: dict[str, Any], path: Path) -> None:
         path.chmod(0o644)
 
     await asyncio.to_thread(save)
-
-
-async def _iterate(
-    weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
-) -> AsyncIterator[tuple[str, torch.Tensor]]:
-    if isinstance(weights, AsyncIterable):
-        async for item in weights:
-            yield item
-    else:
-        for item in weights:
-            yield item
-            await asyncio.sleep(0)
