@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from safetensors.torch import load_file, save_file
 
 from agentloop.engines.base import Sampling
@@ -214,6 +215,57 @@ async def test_a_server_that_only_accepts_connections_is_not_used(serve: Serve, 
     assert [replica.placed for replica in engine.replicas] == [0, 4]
     await engine.close()
     mute.close()
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+async def test_a_server_that_turns_requests_away_for_a_while_is_asked_again(
+    serve: Serve, connect: Connect, status: int
+) -> None:
+    """Behind a proxy that answers three requests by itself, as one does while its server is overloaded or restarts."""
+    server, away = await serve(), 3
+
+    async def forward(request: web.Request) -> web.Response:
+        nonlocal away
+        if request.path == "/generate" and away:
+            away -= 1
+            return web.Response(status=status, text="not now")
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(request.method, server.url + request.path_qs, data=await request.read()) as answer,
+        ):
+            return web.Response(status=answer.status, body=await answer.read())
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", forward)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    engine = connect(urls=[f"http://127.0.0.1:{runner.addresses[0][1]}"])
+    assert len((await engine.generate(PROMPT, Sampling(2), trajectory_id="t")).ids) == 2
+    assert (away, engine.resent) == (0, 3)
+    await engine.close()
+    await runner.cleanup()
+
+
+async def test_a_request_that_a_server_fails_each_time_is_given_up(connect: Connect) -> None:
+    """One whose health checks pass all the while."""
+
+    async def fail(request: web.Request) -> web.Response:
+        known: dict[str, Any] = {"/model_info": {"weight_version": "0"}, "/health": {}}
+        return web.json_response(known.get(request.path), status=500 if request.path == "/generate" else 200)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", fail)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    engine = connect(urls=[f"http://127.0.0.1:{runner.addresses[0][1]}"], resends=2)
+    with pytest.raises(EngineError, match=r"lost 3 times.*answered 500"):
+        await engine.generate(PROMPT, Sampling(2), trajectory_id="t")
+    await engine.close()
+    await runner.cleanup()
 
 
 # -- keys ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ ROUTING_KEY = "X-SMG-Routing-Key"
 ABORTS_AT_A_TIME = 64
 ABORT_AGAIN_S = 0.5
 """An abort that overtakes its request finds nothing to abort, so it is repeated until the request has ended."""
-TOO_MANY, INTERNAL = 429, 500
+BUSY, INTERNAL = (429, 503), 500
+"""Answers after which a server is still a good one: it (or a router) has too much to do, or it failed this one request."""
 BACKOFF_S = (0.1, 2.0)
 """First and longest pause before the same replica is tried again."""
 
@@ -102,9 +103,9 @@ class Sender:
                     if call.aborted.done():
                         return None
                     avoid.add(replica)
-                    if error.status not in (TOO_MANY, INTERNAL):
+                    if error.status not in (*BUSY, INTERNAL):
                         self._replicas.failed(replica, error.why, decisive=error.refused)
-                    lost += error.sent and error.status != TOO_MANY
+                    lost += error.sent and error.status not in BUSY
                     if lost > config.resends:
                         raise EngineError(f"the request was lost {lost} times, the last time by {error}") from error
                     self.resent += 1
@@ -140,12 +141,12 @@ class Sender:
             await asyncio.wait({answer, lost}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done() or answer.cancelled():
                 raise ServerLost(replica.url, lost.result() if lost.done() else "the request could not be aborted there")
-            landed = Landed(answer.result(), replica, before)
+            landed = Landed(_checked(replica.url, answer.result()), replica, before)
         except asyncio.CancelledError:
             self.land(call.trajectory_id, flight)
             raise
         except ServerLost as error:
-            if error.sent and error.status is None:
+            if error.sent and error.status is None and not call.aborted.done():
                 self.land(call.trajectory_id, flight)
             raise
         finally:
@@ -203,6 +204,12 @@ class Sender:
                 return True
 
         return all(await asyncio.gather(*(tell(worker, rid) for worker in workers for rid in rids)))
+
+
+def _checked(url: str, answer: Any) -> Any:
+    if not isinstance(answer, Mapping) or not isinstance(answer.get("meta_info"), Mapping):
+        raise ServerRefused(f"{url}: /generate answered what no SGLang server does: {str(answer)[:80]}")
+    return answer
 
 
 def _answered(answer: asyncio.Task[Any]) -> bool:

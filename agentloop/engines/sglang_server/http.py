@@ -28,7 +28,7 @@ class ServerLost(Exception):
         self.refused = refused
         """Nothing listens there."""
         self.status = status
-        """What it answered, if it did: 429 (too much to do), 500 (it failed this one request), 502 to 504."""
+        """What it answered, if it did: 429 or 503 (too much to do), 500 (it failed this one request), 502 and others."""
 
 
 class ServerRefused(EngineError):

@@ -32,7 +32,7 @@ class Limits:
 async def limits(http: Http, url: str, timeout_s: float) -> Limits:
     """Ask a server (`/model_info`, `/v1/models`, `/server_info`) and read its model's `config.json` if it lies on a disk that
     this process sees. Raises `ServerLost` and `ServerRefused`."""
-    info = await http.get(url, "/model_info", timeout_s=timeout_s)
+    info = await _model_info(http, url, timeout_s)
     models = await _optional(http, url, "/v1/models", timeout_s)
     server = await _optional(http, url, "/server_info", timeout_s)
     contexts = [card.get("max_model_len") for card in models.get("data", ()) if card.get("max_model_len")]
@@ -49,22 +49,29 @@ async def limits(http: Http, url: str, timeout_s: float) -> Limits:
     )
 
 
-async def _optional(http: Http, url: str, path: str, timeout_s: float) -> Any:
+async def _model_info(http: Http, url: str, timeout_s: float) -> Mapping[str, Any]:
+    info = await http.get(url, "/model_info", timeout_s=timeout_s)
+    if not isinstance(info, Mapping) or "weight_version" not in info:
+        raise ServerLost(url, f"/model_info answered what no SGLang server does: {str(info)[:80]}", status=200)
+    return info
+
+
+async def _optional(http: Http, url: str, path: str, timeout_s: float) -> Mapping[str, Any]:
     """The answer, or an empty one from a server that cannot tell."""
     try:
-        return await http.get(url, path, timeout_s=timeout_s)
+        answer = await http.get(url, path, timeout_s=timeout_s)
     except ServerRefused:
         return {}
     except ServerLost as error:
         if error.status is None:
             raise
         return {}
+    return answer if isinstance(answer, Mapping) else {}
 
 
 async def version(http: Http, url: str, timeout_s: float) -> str:
     """The weight version that a server reports."""
-    info = await http.get(url, "/model_info", timeout_s=timeout_s)
-    return str(info.get("weight_version"))
+    return str((await _model_info(http, url, timeout_s))["weight_version"])
 
 
 async def router_workers(http: Http, url: str, timeout_s: float) -> tuple[str, ...] | None:
