@@ -28,7 +28,7 @@ from agentloop.fit import fit
 from agentloop.generate import derive_seed, generate
 from agentloop.journal.base import NullRecorder, Recorder
 from agentloop.rewards.base import RewardFunction
-from agentloop.tools.session import ToolSession, ToolSessions, give_up_at
+from agentloop.tools.session import CANCEL_GRACE_S, ToolSession, ToolSessions, give_up_at
 from agentloop.trajectory import (
     CallRecord,
     CallStatus,
@@ -396,13 +396,14 @@ class AgentLoop:
             raise bugs.exceptions[0] from bugs
 
     async def _call(self, run: _Run, turn: Turn, call: ToolCall, deadline: float) -> None:
-        """Run one call. The session keeps the deadline; one that does not is cancelled here."""
+        """Run one call. The session keeps the deadline and knows the tool's policy; one that does not keep it is cancelled
+        here, a little later, lest a busy moment of this process makes that choice."""
         started = perf_counter()
         if run.session is None:
             record = CallRecord(call, CallStatus.UNKNOWN_TOOL, "Error: there are no tools in this conversation.")
         else:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(deadline + CANCEL_GRACE_S):
                     record = await run.session.call(call, deadline=deadline)
             except TimeoutError:
                 spent = perf_counter() - started
