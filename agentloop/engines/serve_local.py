@@ -383,7 +383,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         asyncio.run(_serve(arguments))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # a model that cannot be loaded, a port that is taken
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         pass

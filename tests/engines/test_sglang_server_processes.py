@@ -96,6 +96,35 @@ def check(trajectories: Sequence[Trajectory], expected: Sequence[list[int]]) -> 
     assert any(len(trajectory.turns) > 2 for trajectory in trajectories)
 
 
+async def test_weights_that_change_all_the_time_change_no_token_if_they_are_the_same(
+    peers: Sequence[Peer], tokenizer: Any, expected: list[list[int]]
+) -> None:
+    """Every update aborts what is decoding, and the loop goes on from the tokens so far."""
+    engine = SGLangServerEngine({"urls": [peer.url for peer in peers], **SETTINGS})
+
+    async def update() -> None:
+        version = 0
+        while True:
+            version += 1
+            await engine.update_weights_from_disk(str(MODEL), version)
+            await asyncio.sleep(0.1)
+
+    try:
+        await engine.start()
+        updating = asyncio.create_task(update())
+        trajectories = await run(engine, tokenizer)
+        updating.cancel()
+        await asyncio.wait([updating])
+    finally:
+        await engine.close()
+    check(trajectories, expected)
+    versions = [(turn.min_weight_version, turn.weight_version) for t in trajectories for turn in t.turns]
+    assert all(first is not None and last is not None and first <= last for first, last in versions)
+    assert max(last or 0 for _, last in versions) >= 3
+    assert any(first != last for first, last in versions)
+    assert [await requests_on(peer.url) for peer in peers] == [0, 0]
+
+
 async def test_a_killed_server_loses_no_trajectory_and_is_used_again(
     peers: Sequence[Peer], tokenizer: Any, expected: list[list[int]]
 ) -> None:
