@@ -11,10 +11,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from agentloop.engines.base import Engine, Generation, Sampling
+from agentloop.engines.base import Engine, Generation, Sampling, check_sampling
 from agentloop.engines.local_batch import Batch, Request
 from agentloop.engines.local_cache import ATTENTION, Fill, SlotCache
-from agentloop.engines.local_sampling import check_sampling
 from agentloop.errors import ConfigError, EngineError, nearest
 
 T = TypeVar("T")

@@ -7,20 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from agentloop.engines.base import Sampling
-from agentloop.errors import EngineError
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raise `EngineError` for values that mean nothing."""
-    if sampling.max_tokens < 1:
-        raise EngineError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
-    if not 0 <= sampling.temperature < float("inf"):
-        raise EngineError(f"temperature is {sampling.temperature}; it must be 0 (greedy) or positive")
-    if not 0 < sampling.top_p <= 1:
-        raise EngineError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1")
-    if sampling.top_k < -1:
-        raise EngineError(f"top_k is {sampling.top_k}; it must be at least 1, or -1 for off")
-
 
 _GOLDEN, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 

@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentloop.engines.base import Generation, Sampling
+from agentloop.engines.base import check_sampling as check_sampling
 from agentloop.errors import ConfigError, EngineError
 from agentloop.trajectory import StopReason
 
@@ -72,18 +73,6 @@ def check_input(ids: Sequence[int], *, max_input: int | None, vocabulary: int | 
         known = "0 and above" if vocabulary is None else f"0 to {vocabulary - 1}"
         raise EngineError(f"the input holds the token {low if low < 0 else high}; the model knows {known}")
     return own
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raise `EngineError` for values that mean nothing."""
-    if sampling.max_tokens < 1:
-        raise EngineError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
-    if not 0 <= sampling.temperature < math.inf:
-        raise EngineError(f"temperature is {sampling.temperature}; it must be 0 (greedy) or positive")
-    if not 0 < sampling.top_p <= 1:
-        raise EngineError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1")
-    if sampling.top_k < -1 or sampling.top_k == 0:
-        raise EngineError(f"top_k is {sampling.top_k}; it must be at least 1, or -1 for off")
 
 
 def new_request_id() -> str:
