@@ -366,6 +366,8 @@ async def test_wrong_weights_change_nothing(serve: Serve, connect: Connect, tmp_
 async def test_update_weights_needs_a_shared_folder(serve: Serve, connect: Connect) -> None:
     with pytest.raises(EngineError, match="weights_dir"):
         await connect(await serve(), weights_dir=None).update_weights(weights().items(), 3)
+    with pytest.raises(EngineError, match=r"weights_dir: .*/no/such/folder"):
+        await connect(await serve(), weights_dir="/no/such/folder").update_weights(weights().items(), 3)
 
 
 async def test_only_the_last_weights_stay_on_disk_and_none_after_closing(

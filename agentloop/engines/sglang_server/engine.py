@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -90,6 +91,7 @@ class SGLangServerEngine(Engine):
         self._limits: Limits | None = None
         self._learning = asyncio.Lock()
         self._updating = asyncio.Lock()
+        self._writing = asyncio.Lock()
         self._slots = asyncio.Semaphore(_affordable(config.max_connections))
         self._calls: set[Call] = set()
         self._cache_key: str | None = None
@@ -190,7 +192,7 @@ class SGLangServerEngine(Engine):
             async with self._slots:
                 await self._gate.passed(call)
                 queue_s = clock.time() - began
-                self._check_open("was")
+                self._check_awake()
                 landed = await self._sender.send(call, body)
         finally:
             self._calls.discard(call)
@@ -248,9 +250,11 @@ class SGLangServerEngine(Engine):
         """
         self._check_open()
         known = await self._learn()
-        folder = await self._folder.write(weights, version, await asyncio.to_thread(weights_on_disk.shapes, known.model_path))
-        await self.update_weights_from_disk(str(folder), version)
-        self._folder.keep_only(folder)
+        async with self._writing:
+            shapes = await asyncio.to_thread(weights_on_disk.shapes, known.model_path)
+            folder = await self._folder.write(weights, version, shapes)
+            await self.update_weights_from_disk(str(folder), version)
+            self._folder.keep_only(folder)
 
     async def update_weights_from_disk(self, path: str, version: int, *, load_format: str | None = None) -> None:
         """Load a checkpoint, which all servers see under `path`, in place. What becomes of requests that are under way says
@@ -275,10 +279,20 @@ class SGLangServerEngine(Engine):
         if not new:
             return
         rested = bool(self._asleep)
-        self._asleep.update(new)
+        self._gate.hold("sleep")
         self._resting = True
-        await self.abort_all()
-        await self._control.release_memory(new, rested=rested)
+        try:
+            await self.abort_all()
+            await self._control.release_memory(new, rested=rested)
+            self._asleep.update(new)
+        except EngineError:
+            if not rested:
+                with contextlib.suppress(EngineError):
+                    await self._control.continue_generation()
+            raise
+        finally:
+            self._resting = bool(self._asleep)
+            self._gate.let("sleep")
 
     async def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         self._check_tags(tags)
@@ -308,14 +322,18 @@ class SGLangServerEngine(Engine):
         if self._closed:
             raise EngineError(f"the engine {verb} closed")
 
+    def _check_awake(self) -> None:
+        self._check_open("was")
+        if self._asleep:
+            raise EngineError(f"the engine sleeps ({', '.join(sorted(self._asleep))})")
+
     def _check_tags(self, tags: Sequence[str]) -> None:
         for tag in tags:
             if tag not in TAGS:
                 raise EngineError(f"unknown tag '{tag}': {nearest(tag, TAGS)}")
 
     async def _checked(self, ids: Sequence[int]) -> tuple[list[int], Limits]:
-        if self._asleep:
-            raise EngineError(f"the engine sleeps ({', '.join(sorted(self._asleep))})")
+        self._check_awake()
         known = await self._learn()
         vocabulary = self.config.vocab_size or known.vocabulary
         return protocol.check_input(ids, max_input=known.max_input, vocabulary=vocabulary), known

@@ -46,11 +46,16 @@ class Folder:
     ) -> Path:
         """Write safetensors files. Raises `EngineError` for names and shapes that are not in `known`, before a server sees
         anything of them."""
+        from safetensors import SafetensorError
+
         if self._shared is None:
             raise EngineError("the setting 'weights_dir' is missing: update_weights hands tensors over in a folder")
-        if self._own is None:
-            self._own = _new_folder("agentloop-weights-", self._shared)
-        folder = _new_folder(f"{version}-", self._own)
+        try:
+            if self._own is None:
+                self._own = _new_folder("agentloop-weights-", self._shared)
+            folder = _new_folder(f"{version}-", self._own)
+        except OSError as error:
+            raise EngineError(f"weights_dir: {error}") from error
         try:
             shard: dict[str, Any] = {}
             held, files, names = 0, 0, Names(known)
@@ -66,8 +71,10 @@ class Folder:
                     shard, held, files = {}, 0, files + 1
             if shard:
                 await _save(shard, folder / f"model-{files:05}.safetensors")
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, (OSError, SafetensorError)):
+                raise EngineError(f"the weights could not be written to {folder}: {error}") from error
             raise
         return folder
 
