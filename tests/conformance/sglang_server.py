@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -50,12 +52,19 @@ async def over_local(model: Path) -> AsyncIterator[Engine]:
         await server.close()
 
 
+def free_port() -> int:
+    """Not one of the highest: SGLang takes the one 10,000 above it too."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(20_000, 30_000)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @asynccontextmanager
 async def over_sglang(model: Path, arguments: Sequence[str]) -> AsyncIterator[Engine]:
     """One real server, a process of its own; what it says goes to stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     command = ["--model-path", str(model), "--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--weight-version", "0"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sglang.launch_server", *command, *arguments, stdout=2, start_new_session=True
