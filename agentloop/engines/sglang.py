@@ -19,8 +19,7 @@ from agentloop.config import validate
 from agentloop.engines import sglang_protocol as protocol
 from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.engines.sglang_config import SGLangConfig, check_settings
-from agentloop.engines.sglang_server.weights_on_disk import shapes
-from agentloop.engines.sglang_weights import Names, Weights, buckets
+from agentloop.engines.sglang_weights import Names, Weights, buckets, shapes
 from agentloop.errors import ConfigError, EngineError, nearest
 from agentloop.trajectory import StopReason
 
@@ -516,7 +515,7 @@ def _launch(arguments: Any) -> tuple[Any, list[Any]]:
     """Start SGLang; the engine and the processes that it made."""
     import atexit
 
-    from sglang import Engine as Launcher  # type: ignore[import-not-found, unused-ignore]
+    from sglang.srt.entrypoints.engine import Engine as Launcher  # type: ignore[import-not-found, unused-ignore]
 
     before = set(multiprocessing.active_children())
     children: Callable[[], list[Any]] = lambda: [p for p in multiprocessing.active_children() if p not in before]  # noqa: E731
@@ -534,8 +533,8 @@ def _launch(arguments: Any) -> tuple[Any, list[Any]]:
     return engine, processes
 
 
-def _end(processes: Sequence[Any]) -> None:
-    """Kill these processes and what they started."""
+def _end(processes: list[Any]) -> None:
+    """Kill these processes and what they started, and empty the list: their numbers may soon be those of others."""
     import psutil
 
     family: list[Any] = []
@@ -545,6 +544,7 @@ def _end(processes: Sequence[Any]) -> None:
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
+    processes.clear()
     _, alive = psutil.wait_procs(family, timeout=60)
     if alive:
         logger.warning("%d processes of SGLang did not end: %s", len(alive), [member.pid for member in alive])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentloop.errors import EngineError
@@ -19,6 +20,21 @@ LAYER = re.compile(r".*?\blayers\.\d+\b")
 HALVES = ("q_a_proj", "kv_a_proj_with_mqa")
 """SGLang fuses these two of a layer's latent attention (DeepSeek) in a buffer that lives for one call; if they come in two,
 both are lost and nothing says so (`models/deepseek_common/deepseek_weight_loader.py`)."""
+
+
+def shapes(model_path: str | None) -> dict[str, list[int]] | None:
+    """Names and shapes of a checkpoint's tensors, from the headers of its safetensors files; `None` if this process does not
+    see it."""
+    from safetensors import safe_open
+
+    files = sorted(Path(model_path).glob("*.safetensors")) if model_path else []
+    if not files:
+        return None
+    found: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(str(file), framework="pt") as tensors:
+            found.update({name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    return found
 
 
 class Names:

@@ -22,6 +22,8 @@ MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
 """0.88 M parameters, trained; context 1024."""
 VOCABULARY = 687
 CONTEXT = 1024
+END = 682
+"""The model's end-of-turn token, which ends a generation in some engines beside the stop tokens that a request names."""
 LONG = 400
 """Tokens of a generation that is still running when a test gets to it."""
 
@@ -129,6 +131,7 @@ SGLANG: dict[str, Any] = {
     "enable_memory_saver": True,
     "enable_weights_cpu_backup": True,
     "mem_fraction_static": 0.2,
+    "max_total_tokens": 1 << 18,
 }
 """What both SGLang engines are started with: kernels that need no FlashAttention and no compiler. Not float32, which would be
 better for comparisons: not all of SGLang's kernels take it."""

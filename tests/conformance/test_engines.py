@@ -15,7 +15,7 @@ import torch
 from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import EngineError
 from agentloop.trajectory import StopReason
-from tests.conformance.engines import CONTEXT, LONG, MODEL, VOCABULARY, Kind, plain_log_probs, reference, weights
+from tests.conformance.engines import CONTEXT, END, LONG, MODEL, VOCABULARY, Kind, plain_log_probs, reference, weights
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -338,10 +338,11 @@ async def test_without_a_seed_answers_differ(sampler: Engine) -> None:
 async def test_a_stop_token_is_the_last_of_the_answer(sampler: Engine) -> None:
     free = await sampler.generate(prompt(9), Sampling(30, temperature=0), trajectory_id="a")
     stop = free.ids[7]
-    ends = (stop, VOCABULARY - 1)
+    ends = (stop, END)
+    first = next(place for place, token in enumerate(free.ids) if token in ends)
     generation = await sampler.generate(prompt(9), Sampling(30, temperature=0, stop_token_ids=ends), trajectory_id="b")
     assert generation.stop_reason is StopReason.STOP
-    assert generation.ids == free.ids[: free.ids.index(stop) + 1]
+    assert generation.ids == free.ids[: first + 1]
     assert generation.log_probs is not None
     assert len(generation.log_probs) == len(generation.ids)
 

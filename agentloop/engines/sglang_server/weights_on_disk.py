@@ -10,25 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from agentloop.engines.sglang_weights import Names, Weights, iterate
+from agentloop.engines.sglang_weights import shapes as shapes
 from agentloop.errors import EngineError
 
 SHARD_BYTES = 4 << 30
 """Of one file; so much is in memory at a time beside the weights themselves."""
-
-
-def shapes(model_path: str | None) -> dict[str, list[int]] | None:
-    """Names and shapes of a checkpoint's tensors, from the headers of its safetensors files; `None` if this process does not
-    see it."""
-    from safetensors import safe_open
-
-    files = sorted(Path(model_path).glob("*.safetensors")) if model_path else []
-    if not files:
-        return None
-    found: dict[str, list[int]] = {}
-    for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
-            found.update({name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
-    return found
 
 
 class Folder:
