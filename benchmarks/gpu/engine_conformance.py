@@ -2,7 +2,7 @@
 
 About two minutes on an H200, most of it starting SGLang and its first kernels. `tests/conformance` says whether the engine
 keeps its promises; this says by how much: how far the log-probabilities of decoding, of `score` and of transformers are apart,
-how much of eight turns the prefix cache serves, how long an abort, an update of the weights, and sleep and wake take.
+how much of eight turns the prefix cache serves, how long an abort, updates of the weights, and sleep and wake take.
 """
 
 from __future__ import annotations
@@ -143,6 +143,32 @@ async def updates(engine: Any, trained: Any, other: Any) -> dict[str, Any]:
     }
 
 
+async def update_modes(engine: Any, trained: Any, other: Any) -> dict[str, Any]:
+    """Updates that requests live through: their versions, and whether a new turn of theirs is wholly of the new weights."""
+    usual, told = engine.config, {}
+    version = 10
+    for mode in ("in_place", "retract"):
+        engine.config = usual.model_copy(update={"update_mode": mode})
+        tasks = [asyncio.create_task(engine.generate(prompt(32, i), Sampling(900), trajectory_id=f"on{i}")) for i in range(32)]
+        await asyncio.sleep(0.3)
+        _, milliseconds = await timed(engine.update_weights(other.named_parameters(), version))
+        ended = await asyncio.gather(*tasks)
+        ids = prompt(32, 0) + ended[0].ids[:100]
+        answer = await engine.generate(ids, Sampling(64), trajectory_id="on0")
+        told[mode] = {
+            "ms": milliseconds,
+            "complete": sum(len(one.ids) == 900 for one in ended),
+            "marked_as_mixed": sum(one.min_weight_version != one.weight_version for one in ended),
+            "of": len(ended),
+            "next_turn_cached": answer.cached_tokens,
+            "next_turn_against_the_new_model": summary(apart(answer.log_probs, plain(other, ids + answer.ids, len(ids)))),
+        }
+        engine.config = usual
+        await engine.update_weights(trained.named_parameters(), version + 1)
+        version += 2
+    return told
+
+
 async def memory(engine: Any) -> dict[str, Any]:
     import torch
 
@@ -191,6 +217,7 @@ async def measure() -> dict[str, Any]:
         figures["prefix_cache"] = await prefix_cache(engine)
         figures["abort"] = await aborts(engine)
         figures["weights"] = await updates(engine, trained, other)
+        figures["update_modes"] = await update_modes(engine, trained, other)
         figures["memory"] = await memory(engine)
     finally:
         _, closing = await timed(engine.close())
@@ -202,11 +229,13 @@ def aims(figures: dict[str, Any]) -> list[Aim]:
     share = figures["prefix_cache"]["share"]
     left, version = figures["abort"]["left"], figures["weights"]["version_after"]
     new = figures["weights"]["score_against_the_new_model"]["mean"]
+    lived = sum(min(told["complete"], told["marked_as_mixed"]) for told in figures["update_modes"].values())
     return [
         Aim("decode against score, mean difference", decode, "at most 0.02", decode <= 0.02),
         Aim("prefix cache over 8 turns, share of the ideal", share, "at least 0.99", share >= 0.99),
         Aim("requests left after 256 were cancelled", left, "0", left == 0),
         Aim("weight version after an update", version, "1", version == 1),
+        Aim("updates in place and by retraction that every request lived through", lived, "64 of 64", lived == 64),
         Aim("score after an update against the new model, mean difference", new, "at most 0.1", new <= 0.1),
     ]
 
