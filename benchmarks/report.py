@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,21 @@ def commit() -> str:
         return "unknown"
 
 
-def report(name: str, figures: Mapping[str, Any], aims: Sequence[Aim]) -> None:
-    """Print and write the result. A missed aim is reported as missed; it is no error."""
+def save(name: str, figures: Mapping[str, Any], aims: Sequence[Aim], folder: Path = RESULTS) -> dict[str, Any]:
+    """Write the result to `folder/NAME.json`, also one that is still growing; what was written."""
     result = {
         "benchmark": name,
+        "date": date.today().isoformat(),
         "machine": machine(),
         "commit": commit(),
         "figures": dict(figures),
         "aims": [asdict(aim) for aim in aims],
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def report(name: str, figures: Mapping[str, Any], aims: Sequence[Aim], folder: Path = RESULTS) -> None:
+    """Print and write the result. A missed aim is reported as missed; it is no error."""
+    print(json.dumps(save(name, figures, aims, folder)))

@@ -1,0 +1,383 @@
+"""Multi-turn rollouts beside the raw engine and beside verl's `ToolAgentLoop`: one engine, one trace, one run.
+
+`python -m benchmarks.gpu.throughput [--only raw|verl|cache] [--trajectories N] [--scale S] [--budget-s SECONDS]`
+
+A model of Qwen3-8B's shape with random weights serves 256 conversations of up to 8 turns from a seeded trace
+(`benchmarks/gpu/trace.py`), with tools that answer at once and with log-normal delays. The sides take turns:
+
+- raw: a bare asyncio loop over `async_generate`, and agentloop with its journal, both in the process of the engine.
+- verl: agentloop in one process and verl's `AgentLoopWorker` in 1, 4 and 8 (its default), each from the prompts to the padded
+  batch, all through the same socket to the engine (`benchmarks/gpu/wire.py`).
+- cache: what share of the tokens of the turns before was found in the prefix cache, in agentloop's passes.
+
+Every side's figures are written as soon as it has run; no side is started that would go beyond the budget. Exits with 3 where
+SGLang or a GPU is missing. `--engine local` runs all of it on a CPU with a tiny model, which proves the code and no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from agentloop.chat import load_renderer
+from agentloop.engines.base import Engine
+from agentloop.errors import AgentloopError, ConfigError
+from agentloop.tools import ToolRegistry
+from agentloop.trajectory import Trajectory
+from benchmarks.gpu.meter import GpuWatch, Meter, MeteredEngine
+from benchmarks.gpu.models import QWEN3_8B, TINY, random_model, write_model
+from benchmarks.gpu.sides import Agentloop, bare_loop, reuse
+from benchmarks.gpu.trace import TOOLS, Conversation, instant, make_trace, record, shortened
+from benchmarks.gpu.wire import Workers
+from benchmarks.report import RESULTS, Aim, report, save
+
+SETTINGS: dict[str, Any] = {
+    "load_format": "dummy",
+    "dtype": "bfloat16",
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_piecewise_cuda_graph": True,
+    "log_level": "warning",
+}
+VERLS_DEFAULT = 8
+"""`actor_rollout_ref.rollout.agent.num_workers`."""
+WORKERS_READY_S = 240.0
+GRACE_S = 60.0
+"""A side that runs this far beyond the budget is given up."""
+
+
+def missing(engine: str) -> str | None:
+    """Why this cannot run here, in one sentence."""
+    if engine == "local":
+        return None
+    if importlib.util.find_spec("sglang") is None:
+        return "this benchmark needs SGLang, which is not installed here (--engine local tries the code on a CPU)"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "this benchmark needs a GPU, and there is none here (--engine local tries the code on a CPU)"
+    return None
+
+
+def start_engine(kind: str, model: Path) -> Engine:
+    if kind == "local":
+        from agentloop.engines.local import LocalEngine
+
+        return LocalEngine(random_model(model), stop_token_ids=(), max_len=4096, threads=1)
+    from agentloop.engines.sglang import SGLangEngine
+
+    return SGLangEngine.load(str(model), settings=SETTINGS, ignore_eos=True)
+
+
+class Bench:
+    """The sides of one run, and what they gave."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.began = args, folder, perf_counter()
+        self.name = ("gpu_throughput" if args.engine == "sglang" else "throughput_local") + (
+            f"_{args.only}" if args.only else ""
+        )
+        self.model = folder / "model"
+        write_model(self.model, QWEN3_8B if args.engine == "sglang" else TINY)
+        with_delays = make_trace(args.trajectories, seed=args.seed, scale=args.scale)
+        self.traces = {"instant": instant(with_delays), "delays": with_delays}
+        self.planned = sum(conversation.tokens for conversation in with_delays)
+        self._schemas = ToolRegistry.load(str(TOOLS), None).schemas
+        self.response_length = self._response_length(with_delays)
+        self.salt = 0
+        self.gpu = GpuWatch()
+        self.figures: dict[str, Any] = {
+            "command": f"python -m benchmarks.gpu.throughput {' '.join(sys.argv[1:])}".strip(),
+            "engine": args.engine,
+            "model": "Qwen3-8B's shape, random weights, bfloat16" if args.engine == "sglang" else "tiny, random weights",
+            "trace": {
+                "seed": args.seed,
+                "scale": args.scale,
+                "conversations": len(with_delays),
+                "turns": sum(len(c.turns) for c in with_delays),
+                "tool_calls": sum(len(t.calls) for c in with_delays for t in c.turns),
+                "sampled_tokens": self.planned,
+                "longest_delays_s": round(self.longest_delays_s, 2),
+                "response_length": self.response_length,
+            },
+        }
+
+    @property
+    def longest_delays_s(self) -> float:
+        """Of the conversation whose tools take longest: no pass with delays is quicker."""
+        return max(conversation.delay_s for conversation in self.traces["delays"])
+
+    def _response_length(self, trace: Sequence[Conversation]) -> int:
+        """What the longest conversation needs, with some room for another template's glue, as a multiple of 256."""
+        from transformers import AutoTokenizer
+
+        renderer = load_renderer(AutoTokenizer.from_pretrained(self.model))
+        longest = max(record(c, 0, renderer, self._schemas).response_len for c in trace)
+        return -(-(longest + 64) // 256) * 256
+
+    # -- running a side -------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        print(f"[{perf_counter() - self.began:6.1f} s] {text}", flush=True)
+
+    def save(self) -> None:
+        save(self.name, self.figures, aims(self.figures), self.args.results)
+
+    def expected_s(self, delays: str) -> float:
+        """From the passes so far."""
+        walls = [
+            side["wall_s"]
+            for part in ("raw", "verl")
+            for sides in self.figures.get(part, {}).get("instant", {}).values()
+            for side in sides
+        ]
+        return max(walls, default=0.0) + (self.longest_delays_s if delays == "delays" else 0.0)
+
+    async def side(
+        self, part: str, delays: str, name: str, run: Callable[[int], Awaitable[dict[str, Any]]], engine: MeteredEngine
+    ) -> None:
+        """Run one side and keep its figures; one that fails or comes too late is noted, and the next one follows."""
+        label, left = f"{part}/{delays}/{name}", self.args.budget_s - (perf_counter() - self.began)
+        if self.expected_s(delays) > left:
+            self.figures.setdefault("not_run", {})[label] = f"{max(left, 0):.0f} s were left of the budget"
+            self.say(f"{label}: not run, out of time")
+            self.save()
+            return
+        self.salt += 1
+        engine.meter = meter = Meter()
+        self.gpu.start()
+        meter.start()
+        try:
+            async with asyncio.timeout(max(left, 0) + GRACE_S):
+                more = await run(self.salt)
+        except Exception as error:
+            self.figures.setdefault("not_run", {})[label] = f"{type(error).__name__}: {error}"
+            self.say(f"{label}: failed: {type(error).__name__}: {error}")
+            self.save()
+            return
+        meter.stop()
+        figures = {**meter.figures(), "gpu_idle_share": self.gpu.idle_share(), **more}
+        if meter.sampled_tokens != self.planned:
+            figures["unequal_work"] = f"{meter.sampled_tokens} tokens were sampled, the trace has {self.planned}"
+        cache = figures.pop("cache", None)
+        self.figures.setdefault(part, {}).setdefault(delays, {}).setdefault(name, []).append(figures)
+        if cache is not None:
+            self.figures.setdefault("prefix_cache", {}).setdefault(delays, []).append(cache)
+        self.say(f"{label}: {figures['wall_s']:.2f} s, {figures['tokens_per_s']:.0f} tokens/s, {json.dumps(figures)}")
+        self.save()
+
+    # -- beside the raw engine ------------------------------------------------------------------------------------------
+
+    async def beside_raw(self, engine: MeteredEngine, ours: Agentloop, delays: str, *, repeats: int, bare: bool) -> None:
+        trace = self.traces[delays]
+
+        async def through_agentloop(salt: int) -> dict[str, Any]:
+            trajectories: list[Trajectory] = await ours.run(trace, salt)
+            return {"cache": reuse(trajectories)}
+
+        for _ in range(repeats):
+            if bare:
+                recorded = [record(c, self.salt + 1, ours.renderer, self._schemas) for c in trace]
+
+                async def through_nothing(salt: int, recorded: Any = recorded) -> dict[str, Any]:
+                    await bare_loop(engine, recorded, salt)
+                    return {}
+
+                await self.side("raw", delays, "bare_loop", through_nothing, engine)
+            await self.side("raw", delays, "agentloop", through_agentloop, engine)
+
+    # -- beside verl ----------------------------------------------------------------------------------------------------
+
+    async def beside_verl(self, engine: MeteredEngine, workers: Workers) -> None:
+        default, *others = self.args.workers
+        await self.in_processes(engine, workers, "instant", "agentloop", 1)
+        for count in (default, *others):
+            await self.in_processes(engine, workers, "instant", "verl", count)
+        await self.in_processes(engine, workers, "delays", "agentloop", 1)
+        await self.in_processes(engine, workers, "delays", "verl", default)
+        best = quickest(self.figures.get("verl", {}).get("instant", {}))
+        if best is not None and best != f"verl_{default}_workers":
+            await self.in_processes(engine, workers, "delays", "verl", int(best.split("_")[1]))
+
+    async def in_processes(self, engine: MeteredEngine, workers: Workers, delays: str, kind: str, count: int) -> None:
+        trace = self.traces[delays]
+        name = "agentloop" if kind == "agentloop" else f"verl_{count}_workers"
+        shares = [trace[len(trace) * i // count : len(trace) * (i + 1) // count] for i in range(count)]
+        try:
+            taken = await workers.wait(kind, count, WORKERS_READY_S)
+        except TimeoutError:
+            self.figures.setdefault("not_run", {})[f"verl/{delays}/{name}"] = self._why_not_ready(kind)
+            self.save()
+            return
+
+        async def together(salt: int) -> dict[str, Any]:
+            work = [{"conversations": share, "salt": salt} for share in shares]
+            results = await asyncio.gather(*(worker.run(part) for worker, part in zip(taken, work, strict=True)))
+            return {
+                "processes": count,
+                "host_cpu_s": round(sum(result["cpu_s"] for result in results), 3),
+                "batch_sampled_tokens": sum(result["sampled_tokens"] for result in results),
+            }
+
+        await self.side("verl", delays, name, together, engine)
+
+    async def warm_workers(self, workers: Workers) -> None:
+        short = shortened(self.traces["instant"])
+        kinds = [("agentloop", 1), ("verl", max(self.args.workers))]
+        for kind, count in kinds:
+            try:
+                taken = await workers.wait(kind, count, WORKERS_READY_S)
+            except TimeoutError:
+                self.say(self._why_not_ready(kind))
+                continue
+            self.salt += 1
+            work = [{"conversations": short[i : i + 4] or short[:4], "salt": self.salt} for i in range(count)]
+            await asyncio.gather(*(worker.run(part) for worker, part in zip(taken, work, strict=True)))
+
+    def _why_not_ready(self, kind: str) -> str:
+        logs = sorted(self.folder.glob(f"{kind}-*.log"))
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()[-1:]]
+        return f"no workers of {kind} within {WORKERS_READY_S:.0f} s: {lines[0] if lines else 'they say nothing'}"
+
+    def start_workers(self) -> list[subprocess.Popen[bytes]]:
+        """They import and build while the engine starts."""
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        processes = []
+        for kind, count in (("agentloop", 1), ("verl", max(self.args.workers))):
+            setup = {
+                "kind": kind,
+                "socket": str(self.folder / "engine.sock"),
+                "model": str(self.model),
+                "journal": str(self.folder / "journal"),
+                "response_length": self.response_length,
+            }
+            for number in range(count):
+                command = [sys.executable, "-m", "benchmarks.gpu.worker", json.dumps(setup)]
+                with (self.folder / f"{kind}-{number}.log").open("wb") as log:
+                    processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        return processes
+
+    # -- all of it ------------------------------------------------------------------------------------------------------
+
+    async def run(self, started: Engine) -> None:
+        engine = MeteredEngine(started)
+        workers = Workers(engine)
+        only = self.args.only
+        ours = Agentloop(engine, self.model, self.folder / "journal", self.response_length, "main")
+        try:
+            self.salt += 1
+            await ours.run(shortened(self.traces["instant"]), self.salt)
+            self.say("warm")
+            if only in (None, "raw"):
+                await self.beside_raw(engine, ours, "instant", repeats=self.args.repeats, bare=True)
+            if only in (None, "verl"):
+                if importlib.util.find_spec("verl") is None:
+                    self.figures.setdefault("not_run", {})["verl"] = "verl is not installed"
+                else:
+                    await workers.listen(self.folder / "engine.sock")
+                    await self.warm_workers(workers)
+                    self.say("workers warm")
+                    await self.beside_verl(engine, workers)
+            if only == "cache":
+                await self.beside_raw(engine, ours, "instant", repeats=1, bare=False)
+            if only != "verl":
+                await self.beside_raw(engine, ours, "delays", repeats=1, bare=only != "cache")
+        finally:
+            await workers.close()
+            self.gpu.close()
+            await started.close()
+
+
+def quickest(sides: dict[str, list[dict[str, Any]]]) -> str | None:
+    """The name of verl's side that took the least time."""
+    walls = {name: runs[0]["wall_s"] for name, runs in sides.items() if name.startswith("verl_") and runs}
+    return min(walls, key=lambda name: walls[name]) if walls else None
+
+
+def aims(figures: dict[str, Any]) -> list[Aim]:
+    """Of what ran."""
+    found = []
+    for delays, words in (("instant", "instant tools"), ("delays", "tools with delays")):
+        raw = figures.get("raw", {}).get(delays, {})
+        if raw.get("agentloop") and raw.get("bare_loop"):
+            rate = {name: statistics.median(side["tokens_per_s"] for side in sides) for name, sides in raw.items()}
+            share = rate["agentloop"] / rate["bare_loop"]
+            found.append(Aim(f"tokens/s over the bare loop's, {words}", round(share, 4), "at least 0.97", share >= 0.97))
+        sides = figures.get("verl", {}).get(delays, {})
+        best = quickest(sides)
+        if best is not None and sides.get("agentloop"):
+            mine, theirs = sides["agentloop"][0], sides[best][0]
+            time, cpu = mine["wall_s"] / theirs["wall_s"], mine["host_cpu_s"] / theirs["host_cpu_s"]
+            found += [
+                Aim(f"wall time over verl's at its best ({best}), {words}", round(time, 4), "at most 1", time <= 1),
+                Aim(f"host CPU over verl's at its best ({best}), {words}", round(cpu, 4), "at most 0.5", cpu <= 0.5),
+            ]
+        shares = [cache["share"] for cache in figures.get("prefix_cache", {}).get(delays, []) if cache["share"] is not None]
+        if shares:
+            found.append(Aim(f"cached tokens over the ideal, {words}", min(shares), "at least 0.99", min(shares) >= 0.99))
+    return found
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Throughput of multi-turn rollouts.")
+    parser.add_argument("--only", choices=["raw", "verl", "cache"], help="one comparison instead of all")
+    parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
+    parser.add_argument("--trajectories", type=int, default=256)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the trace's tokens and delays")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=2, help="passes of each side beside the raw engine, instant tools")
+    parser.add_argument(
+        "--workers",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[VERLS_DEFAULT, 1, 4],
+        help="verl's agent.num_workers, the default first: 8,1,4",
+    )
+    parser.add_argument("--budget-s", type=float, default=300.0, help="no side starts that would end later than this")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --engine local runs/throughput")
+    args = parser.parse_args(argv)
+    if args.results is None:
+        args.results = RESULTS if args.engine == "sglang" else Path("runs/throughput")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    if why := missing(args.engine):
+        print(why, file=sys.stderr)
+        return 3
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        bench = Bench(args, Path(folder))
+        try:
+            if args.only in (None, "verl") and importlib.util.find_spec("verl") is not None:
+                processes = bench.start_workers()
+            engine = start_engine(args.engine, bench.model)
+            bench.figures["start_s"] = round(perf_counter() - bench.began, 1)
+            bench.say(f"the engine is up; the trace: {json.dumps(bench.figures['trace'])}")
+            asyncio.run(bench.run(engine))
+        except (ConfigError, AgentloopError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
+    report(bench.name, bench.figures, aims(bench.figures), args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
