@@ -68,6 +68,19 @@ CPU: dict[str, Any] = {
     "ray_kwargs.ray_init.object_store_memory": 512 << 20,
 }
 
+_ROLLOUT = "actor_rollout_ref.rollout"
+_CHECKPOINT = f"{_ROLLOUT}.checkpoint_engine"
+_RAY = "ray_kwargs.ray_init"
+
+SEPARATE: dict[str, Any] = {
+    "actor_rollout_ref.hybrid_engine": False,  # no replicas beside the trainer's own, which would share its cores
+    f"{_ROLLOUT}.nnodes": 1,
+    f"{_ROLLOUT}.n_gpus_per_node": 1,
+    f"{_CHECKPOINT}.backend": "agentloop_ray",
+    f"{_CHECKPOINT}.custom_backend_module": "agentloop.verl.checkpoint",
+}
+"""What `trainer.v1.trainer_mode=separate_async` needs on a CPU beside `CPU`."""
+
 _SAMPLER = "trainer.v1.sampler.custom_sampler"
 ABSENT = {
     f"{_AGENT}.agent_loop_manager_class",
@@ -130,6 +143,10 @@ def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     deletions = [item for item in overrides if item.startswith("~")]
     arguments = _with_prefixes(settings) + deletions
     config = _compose(arguments, str(path))
+    if run.platform == "cpu" and OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":
+        settings = _separate(settings)
+        arguments = _with_prefixes(settings) + deletions
+        config = _compose(arguments, str(path))
     arguments += _sampler(config)
     _check(config, str(path), run)
     rollout = read_settings(config)
@@ -178,6 +195,20 @@ def _settings(run: RunFile, path: str, overrides: Sequence[str]) -> dict[str, _S
             merged.pop(item[1:].partition("=")[0], None)
     for key, value in _leaves({"agentloop": run.agentloop}):
         put(key, _hydra_value(value), path, added=True)
+    return merged
+
+
+def _separate(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:
+    """`settings` with those of `SEPARATE` and Ray's logical resources for the replicas, under what the user has set."""
+    presets = {key: _Setting(_hydra_value(value), False, "preset") for key, value in SEPARATE.items()}
+    merged = {**presets, **settings}
+    sizes = [merged[f"{_ROLLOUT}.{key}"].value for key in ("nnodes", "n_gpus_per_node")]
+    if all(size.isdecimal() for size in sizes):
+        replicas = int(sizes[0]) * int(sizes[1])
+        for key, each in (("num_gpus", 1), ("num_cpus", 2)):  # verl's bundle for a replica (replica.py:211)
+            if merged[f"{_RAY}.{key}"].where == "preset":
+                count = CPU[f"{_RAY}.{key}"] + each * replicas
+                merged[f"{_RAY}.{key}"] = _Setting(str(count), False, "preset")
     return merged
 
 
@@ -339,6 +370,8 @@ def _environment(run: RunFile, config: Any) -> dict[str, str]:
         # Hidden from CUDA, and as many as Ray is told of: it refuses an empty list when it is to count some.
         count = OmegaConf.select(config, "ray_kwargs.ray_init.num_gpus") or 1
         env["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * int(count))
+        if "RAY_worker_niceness" not in os.environ:
+            env["RAY_worker_niceness"] = "0"  # Ray takes 15, which yields to everything else on the machine
         if "OMP_NUM_THREADS" not in os.environ:
             env["OMP_NUM_THREADS"] = str(min(os.cpu_count() or 1, 8))
     if os.path.isdir(str(config.actor_rollout_ref.model.path)) and "HF_HUB_OFFLINE" not in os.environ:

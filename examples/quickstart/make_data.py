@@ -6,18 +6,36 @@
 from __future__ import annotations
 
 import argparse
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from examples.quickstart.conversation import messages
-from examples.quickstart.task import Problem, Split, distinct
+from examples.quickstart.task import STORIES, Problem, Split, distinct, problems
 
 TRAIN_ROWS = 4096
 HELD_OUT_ROWS = 256
 HELD_OUT_SEED = 0
 """The held-out set is the same for every run, so that runs can be compared."""
+
+
+OTHERS_KEPT = 0.4
+"""Of the train problems other than stories with two calls or more: each story then comes often enough to be learnt, and
+fewer problems are so easy that all siblings solve them, from which nothing is learnt."""
+
+
+def train_problems(count: int, seed: int) -> list[Problem]:
+    """`count` train problems with different questions, half of them stories (of the held-out ones three in ten)."""
+    draw = random.Random(f"{seed}/kept")
+    kept: Iterator[Problem] = (
+        problem
+        for problem in problems(seed, "train")
+        if (problem.form in STORIES and problem.depth > 1) or draw.random() < OTHERS_KEPT
+    )
+    return distinct(count, kept)
 
 
 def row(problem: Problem, index: int, split: Split) -> dict[str, Any]:
@@ -38,12 +56,12 @@ def row(problem: Problem, index: int, split: Split) -> dict[str, Any]:
 
 def held_out(count: int = HELD_OUT_ROWS) -> list[Problem]:
     """The first `count` held-out problems: always the same ones."""
-    return distinct(count, HELD_OUT_SEED, "held_out")
+    return distinct(count, problems(HELD_OUT_SEED, "held_out"))
 
 
 def write(folder: Path, *, seed: int, train_rows: int = TRAIN_ROWS, held_out_rows: int = HELD_OUT_ROWS) -> tuple[Path, Path]:
     """Write both files and return their paths. Raises `ValueError` if they share a question or an expression."""
-    train, held = distinct(train_rows, seed, "train"), held_out(held_out_rows)
+    train, held = train_problems(train_rows, seed), held_out(held_out_rows)
     check_disjoint(train, held)
     folder.mkdir(parents=True, exist_ok=True)
     paths = (folder / "train.parquet", folder / "val.parquet")

@@ -187,7 +187,9 @@ def spoil(folder: Path, target: Path, *, steps: int, seed: int, device: str) -> 
 def choice(count: int = 256) -> list[Problem]:
     """Held-out problems to judge a model by while it is made: not the ones that the quickstart reports on."""
     reported = {problem.question for problem in held_out()}
-    return [problem for problem in distinct(2 * count, "choice", "held_out") if problem.question not in reported][:count]
+    return [problem for problem in distinct(2 * count, problems("choice", "held_out")) if problem.question not in reported][
+        :count
+    ]
 
 
 def main() -> None:

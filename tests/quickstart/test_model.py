@@ -17,7 +17,7 @@ from examples.quickstart.demonstrations import HABITS, solve, spoiled
 from examples.quickstart.evaluate import MODEL, TOOLS, evaluate, loop_config
 from examples.quickstart.make_data import held_out
 from examples.quickstart.pretrain import SEED, SPOILED, corpus
-from examples.quickstart.task import Problem, distinct
+from examples.quickstart.task import Problem, distinct, problems
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_digits_are_single_tokens_and_the_fixed_parts_are_cheap(tokenizer: PreTr
 
 def test_the_longest_right_conversation_fits_the_limits(tokenizer: PreTrainedTokenizerFast, renderer: Renderer) -> None:
     limits = loop_config()
-    for problem in distinct(300, 0, "held_out"):
+    for problem in distinct(300, problems(0, "held_out")):
         ids, _ = encode(tokenizer, renderer, problem, solve(problem))
         prompt = len(renderer.prompt(messages(problem.question), [SCHEMA]))
         assert prompt <= limits.max_prompt_tokens
@@ -79,7 +79,7 @@ def test_the_longest_right_conversation_fits_the_limits(tokenizer: PreTrainedTok
 def test_demonstrations_are_what_the_chat_template_writes(tokenizer: PreTrainedTokenizerFast, renderer: Renderer) -> None:
     """Piece by piece or in one go, right or flawed: the same tokens, so the template only ever appends."""
     draw = random.Random(0)
-    for problem in distinct(60, 0, "train"):
+    for problem in distinct(60, problems(0, "train")):
         transcript = spoiled(problem, draw, share=0.5)
         if any("<tool_call>" in (exchange.answer or "") for exchange in transcript):
             continue  # what a malformed call is told shows the tags, which the template would take for control tokens
@@ -104,7 +104,7 @@ def test_a_structured_call_renders_as_the_demonstrations_write_it(tokenizer: Pre
 def test_each_habit_is_a_mistake(tokenizer: PreTrainedTokenizerFast, renderer: Renderer) -> None:
     draw = random.Random(0)
     seen = set()
-    for problem in distinct(600, 0, "train"):
+    for problem in distinct(600, problems(0, "train")):
         habit, depth = HABITS.get(problem.form, (None, 0))
         if habit is None or problem.depth < depth:
             assert spoiled(problem, draw, share=1.0) == solve(problem)

@@ -28,7 +28,7 @@ def evaluate(expression: str) -> int:
 
 
 def test_answers_are_right_by_an_independent_evaluation() -> None:
-    for problem in distinct(2000, 0, "train"):
+    for problem in distinct(2000, problems(0, "train")):
         assert evaluate(problem.expression) == problem.answer, problem
         for step in problem.steps:
             assert evaluate(step.expression) == step.result
@@ -36,14 +36,14 @@ def test_answers_are_right_by_an_independent_evaluation() -> None:
 
 
 def test_a_bare_expression_is_asked_as_it_stands_and_a_story_with_the_same_numbers() -> None:
-    for problem in distinct(500, 0, "train"):
+    for problem in distinct(500, problems(0, "train")):
         numbers = ["".join(run) for digit, run in itertools.groupby(problem.question, str.isdigit) if digit]
         in_expression = ["".join(run) for digit, run in itertools.groupby(problem.expression, str.isdigit) if digit]
         assert numbers == in_expression
 
 
 def test_the_answer_cannot_be_read_off_on_the_way() -> None:
-    for problem in distinct(2000, 0, "held_out"):
+    for problem in distinct(2000, problems(0, "held_out")):
         assert problem.answer >= SMALLEST_ANSWER
         assert problem.answer not in {step.result for step in problem.steps[:-1]}
         assert str(problem.answer) not in problem.question.replace(".", " ").replace("?", " ").split()
@@ -58,15 +58,15 @@ def test_most_problems_need_two_calls_or_more_and_a_third_are_stories() -> None:
 
 
 def test_the_same_seed_gives_the_same_problems() -> None:
-    assert distinct(50, 7, "train") == distinct(50, 7, "train")
-    assert distinct(50, 7, "train") != distinct(50, 8, "train")
+    assert distinct(50, problems(7, "train")) == distinct(50, problems(7, "train"))
+    assert distinct(50, problems(7, "train")) != distinct(50, problems(8, "train"))
 
 
 def test_no_seed_gives_a_train_problem_that_is_held_out() -> None:
     held = make_data.held_out()
     questions, expressions = {problem.question for problem in held}, {problem.expression for problem in held}
     for seed in range(5):
-        for problem in distinct(4096, seed, "train"):
+        for problem in make_data.train_problems(4096, seed):
             assert problem.question not in questions
             assert problem.expression not in expressions
 
@@ -74,4 +74,4 @@ def test_no_seed_gives_a_train_problem_that_is_held_out() -> None:
 def test_overlapping_sets_are_refused() -> None:
     held = make_data.held_out(16)
     with pytest.raises(ValueError, match="share 1 questions"):
-        make_data.check_disjoint([*distinct(16, 0, "train"), held[3]], held)
+        make_data.check_disjoint([*distinct(16, problems(0, "train")), held[3]], held)
