@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,10 +147,10 @@ def problems(seed: int | str, split: Split) -> Iterator[Problem]:
             yield problem
 
 
-def distinct(count: int, seed: int | str, split: Split) -> list[Problem]:
-    """The first `count` problems with different questions; `count` is at least 1."""
+def distinct(count: int, source: Iterable[Problem]) -> list[Problem]:
+    """The first `count` problems with different questions."""
     found: dict[str, Problem] = {}
-    for problem in problems(seed, split):
+    for problem in source:
         found.setdefault(problem.question, problem)
         if len(found) == count:
             break
