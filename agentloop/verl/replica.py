@@ -5,7 +5,8 @@ Three parts, the way verl cuts them:
 - `LocalServer` (`server.py`), a Ray actor that owns one `LocalEngine`: the data plane (`generate`) and the control plane
   that verl's `RolloutReplica` calls on its servers (`verl/workers/rollout/replica.py:265`).
 - `LocalReplica`, which verl's trainer uses to launch and steer one server.
-- `LocalServerAdapter`, which lives in the trainer's worker and pushes new weights into the server.
+- `LocalServerAdapter`, which pushes new weights into the server. It lives in the trainer's worker, or, where trainer and
+  rollout are apart, in the replica's own `CheckpointEngineWorker`, which gets the weights through `checkpoint.py`.
 
 Importing this module registers them. One replica is one process with one copy of the model.
 """
@@ -22,7 +23,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from agentloop.errors import EngineError
 from agentloop.verl.server import ROLLOUT_NAME, LocalServerActor, refuse_unsupported
-from agentloop.verl.weights import buckets, drain
+from agentloop.verl.weights import BUCKETS, buckets, drain
 
 SERVER_NAME = "agentloop_local_server_{kind}{rank}{suffix}"
 
@@ -61,7 +62,7 @@ class LocalReplica(RolloutReplica):  # type: ignore[misc]
 
 
 class LocalServerAdapter(BaseRollout):  # type: ignore[misc]
-    """In the trainer's worker: hands this rank's weights to its replica's server."""
+    """Hands weights to its replica's server."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, *, replica_rank: int = -1, **_: Any) -> None:
         super().__init__(config, model_config, device_mesh)
@@ -86,7 +87,11 @@ class LocalServerAdapter(BaseRollout):  # type: ignore[misc]
     async def update_weights(
         self, weights: Any, wire_format: str = "named_tensors", global_steps: int | None = None, **kwargs: Any
     ) -> None:
-        """Drain `weights` (a collective: every rank must) into the object store and let the server copy them."""
+        """Let the server copy `weights`: named tensors, drained (a collective: every rank must) into the object store, or
+        with `wire_format=BUCKETS` references to what is in it already."""
+        if wire_format == BUCKETS:
+            await self.server.update_weights.remote([ref async for ref in weights], global_steps)
+            return
         if wire_format != "named_tensors":
             await drain(weights)
             raise EngineError(f"{ROLLOUT_NAME} takes full tensors, not the wire format '{wire_format}'")

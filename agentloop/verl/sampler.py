@@ -10,6 +10,7 @@ runs that use those must keep verl's own.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
@@ -34,4 +35,8 @@ class QuickReplayBufferAsync(GroupMetrics, ReplayBufferAsync):  # type: ignore[m
     """For `colocate_async` and `separate_async`."""
 
     def __init__(self, *, sampler_kwargs: Any = None, **kwargs: Any) -> None:
+        if kwargs.get("trainer_mode") == "separate_async":
+            # With `hybrid_engine=false` trainer_separate_async.py:168 calls `logger.info(…, flush=True)`, which is a TypeError
+            # where that level is on, and verl turns it on. This runs before, in the same process.
+            logging.getLogger("verl.trainer.ppo.v1.trainer_separate_async").setLevel(logging.WARNING)
         super().__init__(sampler_kwargs=sampler_kwargs, poll_interval=_poll_interval(sampler_kwargs), **kwargs)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agentloop.engines.base import Engine, Sampling
+from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import ConfigError
 from agentloop.trajectory import StopReason
 
@@ -107,8 +107,9 @@ class LocalServer:
         self._response_length = response_length
         self._max_len = max_len
         self._free_cache_engine = free_cache_engine
-        self._rejecting = False
-        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._held: asyncio.Future[bool] | None = None
+        """While generation is paused: True when it goes on, False when requests are to be rejected."""
+        self._running: dict[str, asyncio.Task[Generation | None]] = {}
 
     async def ping(self) -> int:
         """Ready to serve; returns the process id."""
@@ -134,12 +135,10 @@ class LocalServer:
         limit = self._max_len - len(prompt_ids)
         room = self._prompt_length + self._response_length - len(prompt_ids)
         sampling = to_sampling(sampling_params, default_max_tokens=min(self._response_length, room), limit=limit, eos=self._eos)
-        if self._rejecting:
-            return self._output([], [], StopReason.ABORTED, self._engine.weight_version)
         if sampling.max_tokens < 1:
-            return self._output([], [], StopReason.LENGTH, self._engine.weight_version)
+            return self._output([], [], StopReason.LENGTH, None)
         key = trajectory_id or request_id
-        task = asyncio.ensure_future(self._engine.generate(prompt_ids, sampling, trajectory_id=key))
+        task = asyncio.ensure_future(self._generate(prompt_ids, sampling, key))
         self._running[key] = task
         try:
             generation = await task
@@ -147,12 +146,17 @@ class LocalServer:
             task.cancel()
             if (current := asyncio.current_task()) is not None and current.cancelling():
                 raise
-            return self._output([], [], StopReason.ABORTED, self._engine.weight_version)  # by `abort_trajectory`
+            generation = None  # by `abort_trajectory`
         finally:
             if self._running.get(key) is task:
                 del self._running[key]
             if trajectory_id is None:
                 await self._engine.release(key)
+        if generation is None:
+            return self._output([], [], StopReason.ABORTED, None)
+        if not generation.ids:
+            # No version either: what is sampled when the request is sent again is of the weights of then alone.
+            return self._output([], [], generation.stop_reason, None, num_cached_tokens=generation.cached_tokens)
         first = generation.min_weight_version
         return self._output(
             generation.ids,
@@ -163,6 +167,13 @@ class LocalServer:
             max_global_steps=generation.weight_version,
             num_cached_tokens=generation.cached_tokens,
         )
+
+    async def _generate(self, ids: Sequence[int], sampling: Sampling, key: str) -> Generation | None:
+        """What the engine answers once generation is not paused; `None` if the request was rejected instead."""
+        while self._held is not None:
+            if not await asyncio.shield(self._held):
+                return None
+        return await self._engine.generate(ids, sampling, trajectory_id=key)
 
     @staticmethod
     def _output(
@@ -211,14 +222,22 @@ class LocalServer:
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
         """End what runs as «aborted» with its tokens so far; later requests wait for `resume_generation`, or with
-        `reject_request` are answered «aborted» at once."""
-        self._rejecting = reject_request
+        `reject_request` are answered «aborted» at once.
+
+        They wait here and not in the engine, which refuses requests while its cache is released (verl releases it for the
+        time of an update, and trajectories go on sending)."""
+        if self._held is None or (self._held.done() and not reject_request):
+            self._held = asyncio.get_running_loop().create_future()
+        if reject_request and not self._held.done():
+            self._held.set_result(False)
         await self._engine.pause()
         await self._engine.abort_all()
 
     async def resume_generation(self) -> None:
-        self._rejecting = False
         await self._engine.resume()
+        held, self._held = self._held, None
+        if held is not None and not held.done():
+            held.set_result(True)
 
     async def clear_kv_cache(self) -> None:
         await self._engine.sleep(("kv_cache",))

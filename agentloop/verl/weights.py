@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+BUCKETS = "agentloop_buckets"
+"""The wire format (as verl calls it) of references to `WeightBucket`s in Ray's object store."""
+
 Weights = Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]]
 
 

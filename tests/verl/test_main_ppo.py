@@ -48,6 +48,9 @@ def train(folder: Path, *overrides: str) -> list[dict[str, float]]:
         ),
         pytest.param(["actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora.merge=true"], id="merged-lora"),
         pytest.param(["trainer.v1.trainer_mode=colocate_async"], id="colocate-async"),
+        pytest.param(
+            ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=1"], id="separate-async"
+        ),
     ],
 )
 def test_rollout_and_trainer_agree(tmp_path: Path, overrides: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

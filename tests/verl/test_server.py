@@ -94,6 +94,36 @@ async def test_a_replica_that_leaves_rejects_at_once(server: LocalServer) -> Non
     await server.resume_generation()
 
 
+async def test_requests_that_wait_are_rejected_when_the_replica_leaves(server: LocalServer) -> None:
+    await server.abort_all_requests()
+    waiting = asyncio.create_task(server.generate("r0", [1, 2], params(max_tokens=2)))
+    await started(server)
+    await server.abort_all_requests(reject_request=True)
+    assert (await waiting).stop_reason == "aborted"
+    await server.resume_generation()
+    assert (await server.generate("r1", [1, 2], params(max_tokens=2, ignore_eos=True))).stop_reason == "length"
+
+
+async def test_requests_that_come_during_an_update_of_verls_wait_and_have_the_new_version(server: LocalServer) -> None:
+    running = asyncio.create_task(server.generate("r0", [1, 2], params(max_tokens=3000, ignore_eos=True)))
+    await started(server)
+    await asyncio.sleep(0.1)
+    await server.abort_all_requests()  # as `CheckpointEngineManager.update_weights` does it
+    await server.release_kv_cache()
+    held = asyncio.create_task(server.generate("r1", [1, 2], params(max_tokens=2, ignore_eos=True), trajectory_id="t1"))
+    dropped = asyncio.create_task(server.generate("r2", [1, 2], params(max_tokens=2), trajectory_id="t2"))
+    await asyncio.sleep(0)
+    await server.update_weights([], 5)
+    assert await server.abort_trajectory("t2")
+    await server.resume_kv_cache()
+    await server.resume_generation()
+    cut, whole, empty = await running, await held, await dropped
+    assert (cut.stop_reason, cut.extra_fields["min_global_steps"], cut.extra_fields["max_global_steps"]) == ("aborted", 0, 0)
+    assert (whole.extra_fields["min_global_steps"], whole.extra_fields["global_steps"]) == (5, 5)
+    # No token, so no version: verl's resuming client would take it for the version of the first token.
+    assert (empty.token_ids, empty.stop_reason, empty.extra_fields["global_steps"]) == ([], "aborted", None)
+
+
 async def test_one_trajectory_can_be_aborted(server: LocalServer) -> None:
     running = asyncio.create_task(server.generate("r0", [1, 2], params(max_tokens=3000, ignore_eos=True), trajectory_id="t0"))
     await started(server)

@@ -200,6 +200,24 @@ def test_the_cpu_platform_sets_the_environment(folder: Path, monkeypatch: pytest
     assert "VERL_PLATFORM" not in make_plan(write(folder), ["platform=auto", "actor_rollout_ref.rollout.name=sglang"]).env
 
 
+def test_trainer_and_rollout_apart_get_a_backend_and_resources_on_the_cpu(folder: Path) -> None:
+    mode = ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=1"]
+    plan = make_plan(write(folder), mode)
+    given = arguments(plan)
+    checkpoint = "actor_rollout_ref.rollout.checkpoint_engine"
+    assert given[f"{checkpoint}.backend"] == "agentloop_ray"
+    assert given[f"{checkpoint}.custom_backend_module"] == "agentloop.verl.checkpoint"
+    assert given["actor_rollout_ref.hybrid_engine"] == "false"
+    assert (given["actor_rollout_ref.rollout.nnodes"], given["actor_rollout_ref.rollout.n_gpus_per_node"]) == ("1", "1")
+    assert (given["+ray_kwargs.ray_init.num_gpus"], given["ray_kwargs.ray_init.num_cpus"]) == ("2", "10")
+    assert plan.env["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+    more = [*mode, "actor_rollout_ref.rollout.n_gpus_per_node=2", "ray_kwargs.ray_init.num_cpus=20"]
+    given = arguments(make_plan(write(folder), [*more, "actor_rollout_ref.hybrid_engine=true"]))
+    assert (given["+ray_kwargs.ray_init.num_gpus"], given["ray_kwargs.ray_init.num_cpus"]) == ("3", "20")
+    assert given["actor_rollout_ref.hybrid_engine"] == "true"
+    assert f"{checkpoint}.backend" not in arguments(make_plan(write(folder)))
+
+
 def test_the_quick_sampler_stands_back_where_verl_gives_it_too_little(folder: Path) -> None:
     key = "trainer.v1.sampler.custom_sampler.name"
     assert arguments(make_plan(write(folder)))[key] == "QuickReplayBuffer"
