@@ -166,7 +166,7 @@ def train(command: Sequence[str], run_dir: Path, console: Console) -> Watch:
                 steps.report(finished=False)
             except KeyboardInterrupt:
                 console.print("Interrupted; waiting for the training to stop …")
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # not SIGINT, which programs started in the background ignore
     finally:
         process.terminate()
         watch.exit_code = process.wait()
