@@ -295,7 +295,7 @@ class Bench:
             if only != "verl":
                 await self.beside_raw(engine, ours, "delays", repeats=1, bare=only != "cache")
         finally:
-            await workers.close()
+            workers.close()
             self.gpu.close()
             await started.close()
 

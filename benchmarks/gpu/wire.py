@@ -20,36 +20,60 @@ from agentloop.trajectory import StopReason
 LENGTH = 4
 
 
-async def read(reader: asyncio.StreamReader) -> tuple[Any, ...]:
-    """The next message. Raises `asyncio.IncompleteReadError` when the other side has gone."""
-    size = int.from_bytes(await reader.readexactly(LENGTH), "little")
-    message: tuple[Any, ...] = pickle.loads(await reader.readexactly(size))
-    return message
+class Line(asyncio.Protocol):
+    """Messages in both directions: each its length and a pickled tuple. `heard` gets every one, and `None` at the end."""
 
+    def __init__(self, heard: Callable[[Line, tuple[Any, ...] | None], None]) -> None:
+        self._heard = heard
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
 
-def write(writer: asyncio.StreamWriter, *message: Any) -> None:
-    packed = pickle.dumps(message, protocol=5)
-    writer.write(len(packed).to_bytes(LENGTH, "little") + packed)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        at = 0
+        while len(self._buffer) - at >= LENGTH:
+            end = at + LENGTH + int.from_bytes(self._buffer[at : at + LENGTH], "little")
+            if len(self._buffer) < end:
+                break
+            message = pickle.loads(memoryview(self._buffer)[at + LENGTH : end].tobytes())
+            at = end
+            self._heard(self, message)
+        del self._buffer[:at]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._heard(self, None)
+
+    def say(self, *message: Any) -> None:
+        packed = pickle.dumps(message, protocol=5)
+        assert self._transport is not None
+        self._transport.write(len(packed).to_bytes(LENGTH, "little") + packed)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
 
 
 class RemoteEngine(Engine):
-    """The engine at the other end of the socket, as a worker has it."""
+    """The engine at the other end of the line, as a worker has it."""
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
+    def __init__(self, line: Line) -> None:
+        self._line = line
         self._asked: dict[int, asyncio.Future[Generation]] = {}
         self._number = 0
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, trajectory_id: str) -> Generation:
         self._number += 1
-        number = self._number
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
-        self._asked[number] = future
-        write(self._writer, "ask", number, array("I", ids), sampling.max_tokens, sampling.temperature, trajectory_id)
+        self._asked[self._number] = future
+        self._line.say("ask", self._number, array("I", ids), sampling.max_tokens, sampling.temperature, trajectory_id)
         return await future
 
     async def release(self, trajectory_id: str) -> None:
-        write(self._writer, "release", trajectory_id)
+        self._line.say("release", trajectory_id)
 
     def answered(self, number: int, ids: array[int], log_probs: array[float], cached: int, error: str | None) -> None:
         future = self._asked.pop(number)
@@ -62,47 +86,39 @@ class RemoteEngine(Engine):
 class Worker:
     """A worker process, as the process of the engine sees it."""
 
-    def __init__(self, kind: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, engine: Engine) -> None:
+    def __init__(self, kind: str, line: Line, engine: Engine) -> None:
         self.kind = kind
-        self._reader, self._writer, self._engine = reader, writer, engine
+        self._line, self._engine = line, engine
         self._done: asyncio.Future[dict[str, Any]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, work: dict[str, Any]) -> dict[str, Any]:
         """Hand work over and wait for its result. Raises `AgentloopError` with what went wrong there."""
         self._done = asyncio.get_running_loop().create_future()
-        write(self._writer, "run", work)
+        self._line.say("run", work)
         result = await self._done
         if "error" in result:
             raise AgentloopError(f"a worker of {self.kind} failed: {result['error']}")
         return result
 
-    async def serve(self) -> None:
-        """Answer its requests until it has gone."""
-        try:
-            while True:
-                message = await read(self._reader)
-                if message[0] == "ask":
-                    task = asyncio.create_task(self._answer(*message[1:]))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
-                elif message[0] == "release":
-                    await self._engine.release(message[1])
-                elif self._done is not None:
-                    self._done.set_result(message[1])
-        except (asyncio.IncompleteReadError, ConnectionError):
+    def heard(self, message: tuple[Any, ...] | None) -> None:
+        if message is None or message[0] == "done":
             if self._done is not None and not self._done.done():
-                self._done.set_result({"error": "the process ended"})
+                self._done.set_result({"error": "the process ended"} if message is None else message[1])
+            return
+        answering = self._answer(*message[1:]) if message[0] == "ask" else self._engine.release(message[1])
+        task = asyncio.create_task(answering)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, number: int, ids: array[int], tokens: int, temperature: float, trajectory_id: str) -> None:
+        asked = Sampling(tokens, temperature=temperature)
         try:
-            got = await self._engine.generate(
-                ids.tolist(), Sampling(tokens, temperature=temperature), trajectory_id=trajectory_id
-            )
-            reply = (array("I", got.ids), array("d", got.log_probs or ()), got.cached_tokens, None)
+            got = await self._engine.generate(ids.tolist(), asked, trajectory_id=trajectory_id)
         except EngineError as error:
-            reply = (array("I"), array("d"), 0, str(error))  # type: ignore[assignment]
-        write(self._writer, "answer", number, *reply)
+            self._line.say("answer", number, array("I"), array("d"), 0, str(error))
+        else:
+            self._line.say("answer", number, array("I", got.ids), array("d", got.log_probs or ()), got.cached_tokens, None)
 
 
 class Workers:
@@ -110,40 +126,36 @@ class Workers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.ready: dict[str, list[Worker]] = {}
-        self._changed = asyncio.Condition()
+        self._ready: dict[str, list[Worker]] = {}
+        self._by_line: dict[Line, Worker] = {}
+        self._came = asyncio.Event()
         self._server: asyncio.Server | None = None
-        self._writers: list[asyncio.StreamWriter] = []
-        self._served: set[asyncio.Task[Any]] = set()
 
     async def listen(self, path: Path) -> None:
-        self._server = await asyncio.start_unix_server(self._came, str(path))
+        self._server = await asyncio.get_running_loop().create_unix_server(lambda: Line(self._heard), str(path))
 
-    async def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._served.add(task)
-        self._writers.append(writer)
-        _, kind = await read(reader)
-        worker = Worker(kind, reader, writer, self._engine)
-        async with self._changed:
-            self.ready.setdefault(kind, []).append(worker)
-            self._changed.notify_all()
-        await worker.serve()
+    def _heard(self, line: Line, message: tuple[Any, ...] | None) -> None:
+        if line in self._by_line:
+            self._by_line[line].heard(message)
+        elif message is not None:  # the first one says what it is
+            worker = self._by_line[line] = Worker(message[1], line, self._engine)
+            self._ready.setdefault(worker.kind, []).append(worker)
+            self._came.set()
 
     async def wait(self, kind: str, count: int, timeout_s: float) -> list[Worker]:
         """The first `count` workers of a kind. Raises `TimeoutError`."""
-        async with asyncio.timeout(timeout_s), self._changed:
-            await self._changed.wait_for(lambda: len(self.ready.get(kind, ())) >= count)
-        return self.ready[kind][:count]
+        async with asyncio.timeout(timeout_s):
+            while len(self._ready.get(kind, ())) < count:
+                self._came.clear()
+                await self._came.wait()
+        return self._ready[kind][:count]
 
-    async def close(self) -> None:
-        """Workers end when their connection does."""
+    def close(self) -> None:
+        """Workers end when their line does."""
         if self._server is not None:
             self._server.close()
-        for writer in self._writers:
-            writer.close()
-        await asyncio.gather(*self._served, return_exceptions=True)
+        for line in self._by_line:
+            line.close()
 
 
 async def work_for(
@@ -151,27 +163,29 @@ async def work_for(
 ) -> None:
     """Be a worker: connect to the socket at `path`, and run what is handed over until the other side has gone. `make` gives
     the function for it, and is called with the engine before the worker says that it is ready."""
-    reader, writer = await asyncio.open_unix_connection(str(path))
-    engine = RemoteEngine(writer)
-    run = make(engine)
-    write(writer, "ready", kind)
+    loop = asyncio.get_running_loop()
+    over = loop.create_future()
+    tasks: set[asyncio.Task[None]] = set()
 
     async def finish(work: dict[str, Any]) -> None:
         try:
             result = await run(work)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
-        write(writer, "done", result)
+        line.say("done", result)
 
-    tasks: set[asyncio.Task[None]] = set()
-    while True:
-        try:
-            message = await read(reader)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return
-        if message[0] == "answer":
+    def heard(line: Line, message: tuple[Any, ...] | None) -> None:
+        if message is None:
+            over.set_result(None)
+        elif message[0] == "answer":
             engine.answered(*message[1:])
         else:
             task = asyncio.create_task(finish(message[1]))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+
+    _, line = await loop.create_unix_connection(lambda: Line(heard), str(path))
+    engine = RemoteEngine(line)
+    run = make(engine)
+    line.say("ready", kind)
+    await over
