@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import EngineError
-from agentloop.trajectory import StopReason
+from agentloop.trajectory import StopReason, VersionRuns, version_runs
 
 _IDLE_ABORTS = 3
 """An engine that aborts this often in a row without a new token has failed."""
@@ -50,6 +50,11 @@ async def generate(engine: Engine, ids: list[int], sampling: Sampling, key: str)
         ids=sampled,
         log_probs=log_probs if all(part.log_probs is not None for part in parts) else None,
         stop_reason=StopReason.LENGTH if answer.stop_reason is StopReason.ABORTED else answer.stop_reason,
+        version_runs=tuple(run for part in parts for run in _runs(part)),
         min_weight_version=first.weight_version if first.min_weight_version is None else first.min_weight_version,
         cached_tokens=first.cached_tokens,
     )
+
+
+def _runs(part: Generation) -> VersionRuns:
+    return part.version_runs or version_runs(part.min_weight_version, part.weight_version, len(part.ids))

@@ -347,6 +347,7 @@ class AgentLoop:
             stop_reason=answer.stop_reason,
             weight_version=answer.weight_version,
             min_weight_version=answer.weight_version if answer.min_weight_version is None else answer.min_weight_version,
+            version_runs=answer.version_runs,
             cached_tokens=answer.cached_tokens,
             generate_s=perf_counter() - started,
             engine_data=answer.data,

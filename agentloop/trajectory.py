@@ -144,6 +144,19 @@ class Segment:
         return self.start + len(self.ids)
 
 
+MIXED = "mixed"
+"""The version of tokens during whose sampling the weights changed, where nobody told at which of them."""
+
+VersionRuns = tuple[tuple[int | str | None, int], ...]
+"""Weight versions of tokens in a row, as (version, number of tokens): a number, `MIXED`, or `None` if the engine did not
+tell."""
+
+
+def version_runs(first: int | None, last: int | None, tokens: int) -> VersionRuns:
+    """Of tokens of which the version at their beginning (`None`: the same) and at their end is known."""
+    return ((last if first is None or first == last else MIXED, tokens),) if tokens else ()
+
+
 @dataclass(slots=True)
 class Turn:
     """One generation and the tool calls that followed it."""
@@ -169,6 +182,13 @@ class Turn:
     """The turn was cut before its end-of-turn token and the renderer closed it."""
     engine_data: Any = None
     """What the engine adds and the loop hands on unread (routed experts)."""
+    version_runs: VersionRuns = ()
+    """Versions of the sampled tokens one by one. Empty means that the first and the last say it all."""
+
+    @property
+    def versions(self) -> VersionRuns:
+        """Weight versions of the sampled tokens; a turn is never labelled with its last version alone."""
+        return self.version_runs or version_runs(self.min_weight_version, self.weight_version, self.end - self.start)
 
 
 @dataclass(frozen=True, slots=True)

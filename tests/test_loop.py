@@ -390,8 +390,11 @@ async def test_an_aborted_generation_goes_on_from_its_tokens(tokenizer: Any) -> 
     t = await setup.run()
     assert len(t.turns) == 1 and setup.text(t) == "The answer is 3" + END
     assert (t.turns[0].min_weight_version, t.turns[0].weight_version) == (4, 5)
+    (old, before), (new, after) = t.turns[0].versions
+    assert (old, new, before + after) == (4, 5, t.response_len)
     assert len(t.rollout_log_probs) == t.response_len
     first, second = setup.engine.calls
+    assert first.input_length + before == second.input_length
     assert first.sampling.seed != second.sampling.seed  # an engine would repeat its random numbers
     stuck = Setup(tokenizer, lambda *_: ScriptedTurn(stop_reason=StopReason.ABORTED))
     assert (await stuck.run()).end_reason is EndReason.ENGINE_FAILURE

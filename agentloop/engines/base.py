@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentloop.errors import EngineError
-from agentloop.trajectory import StopReason
+from agentloop.trajectory import StopReason, VersionRuns
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,8 @@ class Generation:
     queue_s: float = 0.0
     data: Any = None
     """What the engine adds and the loop hands on unread (routed experts)."""
+    version_runs: VersionRuns = ()
+    """Of the tokens one by one, where the engine knows more than the two versions tell."""
 
 
 class Engine(ABC):

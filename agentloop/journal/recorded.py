@@ -13,6 +13,7 @@ import numpy as np
 
 from agentloop.journal.format import FrameRef, JournalError, TokenFrame, decode_frame
 from agentloop.trajectory import (
+    MIXED,
     CallRecord,
     CallStatus,
     EndReason,
@@ -30,6 +31,8 @@ ORIGINS = (Origin.PROMPT, Origin.SAMPLED, Origin.OBSERVATION, Origin.TEMPLATE)
 """The column `origin` holds places in this tuple."""
 NO_VERSION = -1
 """In the column `weight_version`: not sampled, or the engine did not tell."""
+MIXED_VERSION = -2
+"""In the column `weight_version`: sampled while the weights changed, and nobody told at which token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Columns:
     turn: Any
     """int16: the turn that the token belongs to; -1 is the prompt."""
     weight_version: Any
-    """int64: of the turn that sampled the token; `NO_VERSION` elsewhere."""
+    """int64: of the weights that sampled the token; `MIXED_VERSION` and `NO_VERSION` where that is not known."""
     piece_lens: Any
     """uint16: bytes of text of each token; `None` if the writer had no tokenizer."""
     piece_bytes: bytes
@@ -279,8 +282,12 @@ def _columns(
     origins: Any = np.repeat(np.array([ORIGINS.index(origin) for origin, _, _ in segments], np.uint8), counts)
     turn_of: Any = np.repeat(np.array([turn for _, _, turn in segments], np.int16), counts)
     mask = (origins == ORIGINS.index(Origin.SAMPLED)).astype(np.uint8)
-    versions = {t.index: NO_VERSION if t.weight_version is None else t.weight_version for t in turns}
-    by_segment = [versions.get(t, NO_VERSION) if o is Origin.SAMPLED else NO_VERSION for o, _, t in segments]
+    versions: Any = np.full(sum(counts), NO_VERSION, np.int64)
+    for turn in turns:
+        at = turn.start
+        for version, count in turn.versions:
+            versions[at : at + count] = MIXED_VERSION if version == MIXED else NO_VERSION if version is None else version
+            at += count
     log_probs = [np.full(len(f.ids), np.nan, np.float32) if f.log_probs is None else f.log_probs for f in frames]
     has_text = all(frame.piece_lens is not None for frame in frames)
     return Columns(
@@ -289,7 +296,7 @@ def _columns(
         mask=mask,
         log_probs=_joined(log_probs, np.float32),
         turn=turn_of,
-        weight_version=np.repeat(np.array(by_segment, np.int64), counts),
+        weight_version=versions,
         piece_lens=_joined([frame.piece_lens for frame in frames], np.uint16) if has_text else None,
         piece_bytes=b"".join(frame.piece_bytes for frame in frames),
     )
@@ -315,7 +322,7 @@ def _joined(arrays: list[Any], dtype: Any) -> Any:
 
 
 def _turn(event: Mapping[str, Any]) -> Turn:
-    return Turn(
+    turn = Turn(
         index=event["turn"],
         start=event["start"],
         end=event["end"],
@@ -325,6 +332,10 @@ def _turn(event: Mapping[str, Any]) -> Turn:
         cached_tokens=event["cached_tokens"],
         generate_s=event["generate_s"],
     )
+    runs = tuple((version, count) for version, count in event.get("versions", ()))
+    if runs != turn.versions:
+        turn.version_runs = runs
+    return turn
 
 
 def _call_record(event: Mapping[str, Any]) -> CallRecord:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from agentloop.journal.recorded import ORIGINS, RecordedTrajectory
-from agentloop.trajectory import CallRecord, CallStatus, Origin, Turn
+from agentloop.trajectory import MIXED, CallRecord, CallStatus, Origin, Turn
 
 STYLES = {Origin.PROMPT: "blue", Origin.SAMPLED: "green", Origin.OBSERVATION: "yellow", Origin.TEMPLATE: "magenta"}
 _JOINERS = "\u200c\u200d"
@@ -71,13 +71,15 @@ def show_trajectory(console: Console, recorded: RecordedTrajectory, *, tokens: b
     _end(console, recorded)
 
 
+def _version(turn: Turn, version: int | str | None, tokens: int) -> str:
+    name = f"{turn.min_weight_version} to {turn.weight_version}" if version == MIXED else str(version)
+    return name if tokens == turn.end - turn.start else f"{name} ({tokens} tokens)"
+
+
 def _turn(console: Console, turn: Turn, text: str | None) -> None:
     parts = [f"turn {turn.index}", turn.stop_reason.value, f"{turn.end - turn.start} tokens", f"{turn.generate_s:.3f} s"]
     if turn.weight_version is not None:
-        mixed = turn.min_weight_version is not None and turn.min_weight_version != turn.weight_version
-        parts.append(
-            f"weights {turn.min_weight_version} to {turn.weight_version}" if mixed else f"weights {turn.weight_version}"
-        )
+        parts.append("weights " + ", ".join(_version(turn, version, count) for version, count in turn.versions))
     if turn.cached_tokens:
         parts.append(f"{turn.cached_tokens} cached")
     if turn.closed_by_template:

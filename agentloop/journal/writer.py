@@ -141,6 +141,7 @@ class JournalWriter:
             "stop_reason": turn.stop_reason,
             "weight_version": turn.weight_version,
             "min_weight_version": turn.min_weight_version,
+            "versions": turn.versions,
             "cached_tokens": turn.cached_tokens,
             "generate_s": turn.generate_s,
         }
@@ -361,6 +362,7 @@ def _settled(turn: Turn, told: _Told) -> dict[str, Any]:
     known = told.calls[turn.index] if turn.index < len(told.calls) else []
     return {
         "weight_version": turn.weight_version,
+        "versions": turn.versions,
         "start": turn.start,
         "end": turn.end,
         "tools_s": turn.tools_s,
@@ -376,11 +378,13 @@ def _run_lengths(segments: Sequence[Segment], turns: Sequence[dict[str, Any]]) -
     versions: list[list[Any]] = []
     for segment in segments:
         sampled = segment.origin is Origin.SAMPLED
-        for runs, value in ((mask, int(sampled)), (versions, turns[segment.turn]["weight_version"] if sampled else None)):
-            if runs and runs[-1][0] == value:
-                runs[-1][1] += len(segment.ids)
-            else:
-                runs.append([value, len(segment.ids)])
+        own = turns[segment.turn]["versions"] if sampled else [(None, len(segment.ids))]
+        for runs, pieces in ((mask, [(int(sampled), len(segment.ids))]), (versions, own)):
+            for value, count in pieces:
+                if runs and runs[-1][0] == value:
+                    runs[-1][1] += count
+                else:
+                    runs.append([value, count])
     return {"mask": mask, "weight_versions": versions}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from agentloop.journal import JournalWriter, Run
+from agentloop.journal.recorded import MIXED_VERSION, NO_VERSION
 from agentloop.trajectory import (
     CallRecord,
     CallStatus,
@@ -47,6 +48,28 @@ def test_a_conversation_comes_back_exactly(tmp_path: Path, seed: int) -> None:
     assert run.verify() == []
 
 
+def test_each_token_has_the_version_that_sampled_it(tmp_path: Path) -> None:
+    told = Trajectory(Sample([]))
+    with JournalWriter(tmp_path) as writer:
+        told.append_prompt([1, 2])
+        writer.trajectory_start(told)
+        turns = [
+            Turn(0, 2, 5, StopReason.STOP, 5, 4, version_runs=((4, 1), (5, 2))),  # aborted, and gone on with
+            Turn(1, 5, 7, StopReason.STOP, 6, 5),  # changed meanwhile, and nobody knows when
+            Turn(2, 7, 8, StopReason.STOP, 6),
+            Turn(3, 8, 9, StopReason.STOP),
+        ]
+        for turn in turns:
+            told.append_sampled([7] * (turn.end - turn.start), None, turn)
+            writer.turn(told, turn)
+        finish(told, writer)
+    recorded = Run(tmp_path).load(told.id)
+    assert recorded.columns is not None
+    expected = [NO_VERSION] * 2 + [4, 5, 5] + [MIXED_VERSION] * 2 + [6, NO_VERSION]
+    assert recorded.columns.weight_version.tolist() == expected
+    assert recorded.turns == turns
+
+
 def test_columns_tell_of_every_token(tmp_path: Path) -> None:
     with JournalWriter(tmp_path, decode=decode) as writer:
         told = conversation(writer, 5, turns=4)
@@ -60,7 +83,7 @@ def test_columns_tell_of_every_token(tmp_path: Path) -> None:
         sampled = segment.origin is Origin.SAMPLED
         assert set(columns.mask[span].tolist()) == {int(sampled)}
         assert set(columns.turn[span].tolist()) == {segment.turn}
-        assert set(columns.weight_version[span].tolist()) == {7 + segment.turn if sampled else -1}
+        assert set(columns.weight_version[span].tolist()) == {MIXED_VERSION if sampled else NO_VERSION}
         assert np.isnan(columns.log_probs[span]).all() != sampled
 
 
@@ -149,7 +172,7 @@ def test_every_line_is_json_and_points_to_its_tokens(tmp_path: Path) -> None:
     end = events[-1]
     assert sum(n for _, n in end["mask"]) == sum(n for _, n in end["weight_versions"]) == end["tokens"]
     assert [value for value, _ in end["mask"]] == [0, 1, 0, 1, 0, 1]
-    assert [value for value, _ in end["weight_versions"]] == [None, 7, None, 8, None, 9]
+    assert [value for value, _ in end["weight_versions"]] == [None, "mixed"] * 3
 
 
 def test_what_a_tool_changes_later_is_not_what_was_recorded(tmp_path: Path) -> None:
