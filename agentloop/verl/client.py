@@ -13,11 +13,14 @@ from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import EngineError
 from agentloop.trajectory import StopReason
 from agentloop.verl.server import ROLLOUT_NAME
+from agentloop.verl.sglang_parts import SGLANG_ASYNC
 
 ABORTED = ("aborted", "abort")
-SEED_KEYS = {"vllm": "seed", ROLLOUT_NAME: "seed", "sglang": "sampling_seed"}
+SEED_KEYS = {"vllm": "seed", ROLLOUT_NAME: "seed", "sglang": "sampling_seed", SGLANG_ASYNC: "sampling_seed"}
 """What each server calls a request's seed. Servers build their own class from our dict and refuse a key that they do not
 know, so no other server is sent one."""
+STEERED = (ROLLOUT_NAME, SGLANG_ASYNC)
+"""Servers of ours, which are told whose request it is and can end one."""
 
 
 class VerlEngine(Engine):
@@ -44,14 +47,14 @@ class VerlEngine(Engine):
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, trajectory_id: str) -> Generation:
         # The lists and dicts are fresh: SGLang's server rewrites the parameters (async_sglang_server.py:597), and a client
         # may resend with them.
-        extra = {"trajectory_id": trajectory_id} if self._name == ROLLOUT_NAME else {}
+        extra = {"trajectory_id": trajectory_id} if self._name in STEERED else {}
         try:
             output = await self._client.generate(
                 trajectory_id, prompt_ids=list(ids), sampling_params=self.sampling_params(sampling), **extra
             )
         except asyncio.CancelledError:
-            # Cancelling the wait does not reach the actor; SGLang and vLLM give no way to name the request, which verl
-            # renames on the way (llm_server.py:151), so there it runs to its end, unread.
+            # Cancelling the wait does not reach the actor; verl's SGLang and vLLM servers give no way to name the request,
+            # which verl renames on the way (llm_server.py:151), so there it runs to its end, unread.
             task = asyncio.ensure_future(self._tell_server("abort_trajectory", trajectory_id))
             self._aborts.add(task)
             task.add_done_callback(self._aborts.discard)
@@ -61,7 +64,8 @@ class VerlEngine(Engine):
         return self._generation(output, sampling)
 
     async def release(self, trajectory_id: str) -> None:
-        await self._tell_server("release_trajectory", trajectory_id)
+        if self._name == ROLLOUT_NAME:  # SGLang keeps nothing by trajectory
+            await self._tell_server("release_trajectory", trajectory_id)
 
     async def close(self) -> None:
         """Wait until the aborts are sent; the servers are verl's to stop."""
@@ -117,11 +121,11 @@ class VerlEngine(Engine):
         )
 
     async def _tell_server(self, method: str, trajectory_id: str) -> None:
-        """Call the local server that holds a trajectory, without waiting for it.
+        """Call the server of ours that holds a trajectory, without waiting for it.
 
         The client keeps its servers to itself; asking it for the trajectory's server, as its own `generate` does, is the one
         way to reach it (llm_server.py:121 and :165)."""
-        if self._name != ROLLOUT_NAME or not hasattr(self._client, "_acquire_server"):
+        if self._name not in STEERED or not hasattr(self._client, "_acquire_server"):
             return
         with suppress(RayError, RuntimeError):  # a server that is gone holds nothing
             server_id, server = await self._client._acquire_server(trajectory_id)

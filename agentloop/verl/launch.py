@@ -27,8 +27,10 @@ from pydantic import Field
 
 from agentloop.config import LoopConfig, Strict, load_yaml, validate
 from agentloop.errors import ConfigError
+from agentloop.verl import sglang_parts
 from agentloop.verl.server import ROLLOUT_NAME
 from agentloop.verl.settings import Section, read_settings
+from agentloop.verl.sglang_parts import SGLANG_ASYNC
 
 MANAGER = "agentloop.verl.manager.AgentLoopManager"
 _AGENT = "actor_rollout_ref.rollout.agent"
@@ -80,6 +82,12 @@ SEPARATE: dict[str, Any] = {
     f"{_CHECKPOINT}.custom_backend_module": "agentloop.verl.checkpoint",
 }
 """What `trainer.v1.trainer_mode=separate_async` needs on a CPU beside `CPU`."""
+
+SGLANG: dict[str, Any] = {
+    "actor_rollout_ref.model.external_lib": "agentloop.verl.replica_sglang",
+    f"{_CHECKPOINT}.custom_backend_module": "agentloop.verl.replica_sglang",  # for replicas' workers, which load no model
+}
+"""What registers `rollout.name=sglang_async` in every process that looks it up."""
 
 _SAMPLER = "trainer.v1.sampler.custom_sampler"
 ABSENT = {
@@ -143,8 +151,9 @@ def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     deletions = [item for item in overrides if item.startswith("~")]
     arguments = _with_prefixes(settings) + deletions
     config = _compose(arguments, str(path))
-    if run.platform == "cpu" and OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":
-        settings = _separate(settings)
+    more = _more_presets(config, run)
+    if more:
+        settings = _over_presets(settings, more)
         arguments = _with_prefixes(settings) + deletions
         config = _compose(arguments, str(path))
     arguments += _sampler(config)
@@ -198,10 +207,22 @@ def _settings(run: RunFile, path: str, overrides: Sequence[str]) -> dict[str, _S
     return merged
 
 
-def _separate(settings: Mapping[str, _Setting]) -> dict[str, _Setting]:
-    """`settings` with those of `SEPARATE` and Ray's logical resources for the replicas, under what the user has set."""
-    presets = {key: _Setting(_hydra_value(value), False, "preset") for key, value in SEPARATE.items()}
-    merged = {**presets, **settings}
+def _more_presets(config: Any, run: RunFile) -> dict[str, Any]:
+    """Presets that depend on the composed configuration."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(config, f"{_ROLLOUT}.name") == SGLANG_ASYNC:
+        return SGLANG
+    if run.platform == "cpu" and OmegaConf.select(config, "trainer.v1.trainer_mode") == "separate_async":
+        return SEPARATE
+    return {}
+
+
+def _over_presets(settings: Mapping[str, _Setting], more: Mapping[str, Any]) -> dict[str, _Setting]:
+    """`settings` over `more`. On the CPU Ray's logical resources grow by those of the replicas."""
+    merged = {**{key: _Setting(_hydra_value(value), False, "preset") for key, value in more.items()}, **settings}
+    if more is not SEPARATE:
+        return merged
     sizes = [merged[f"{_ROLLOUT}.{key}"].value for key in ("nnodes", "n_gpus_per_node")]
     if all(size.isdecimal() for size in sizes):
         replicas = int(sizes[0]) * int(sizes[1])
@@ -347,9 +368,13 @@ def _check(config: Any, path: str, run: RunFile) -> None:
     sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]  # tools and rewards may live beside the user
     rollout, model = "actor_rollout_ref.rollout", "actor_rollout_ref.model"
     if OmegaConf.is_missing(config.actor_rollout_ref.rollout, "name"):
-        raise ConfigError(f"{path}: verl.{rollout}.name is missing: sglang or vllm, or {ROLLOUT_NAME} with platform: cpu")
+        raise ConfigError(
+            f"{path}: verl.{rollout}.name is missing: {SGLANG_ASYNC}, sglang, vllm; with platform: cpu {ROLLOUT_NAME}"
+        )
     if at(f"{rollout}.name") == ROLLOUT_NAME:
         refuse_unsupported(_container(at(rollout)), _container(at(model)), cpu=run.platform == "cpu")
+    elif at(f"{rollout}.name") == SGLANG_ASYNC:
+        sglang_parts.refuse_unsupported(_container(at(rollout)), cpu=run.platform == "cpu")
     check_model(at(f"{model}.path"), f"{path}: verl.{model}.path")
     check_reward(at("reward.custom_reward_function"), f"{path}: verl.reward.custom_reward_function")
 

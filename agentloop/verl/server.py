@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from agentloop.engines.base import Engine, Generation, Sampling
 from agentloop.errors import ConfigError
 from agentloop.trajectory import StopReason
+from agentloop.verl.gate import Gate
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +108,7 @@ class LocalServer:
         self._response_length = response_length
         self._max_len = max_len
         self._free_cache_engine = free_cache_engine
-        self._held: asyncio.Future[bool] | None = None
-        """While generation is paused: True when it goes on, False when requests are to be rejected."""
+        self._gate = Gate()
         self._running: dict[str, asyncio.Task[Generation | None]] = {}
 
     async def ping(self) -> int:
@@ -170,9 +170,8 @@ class LocalServer:
 
     async def _generate(self, ids: Sequence[int], sampling: Sampling, key: str) -> Generation | None:
         """What the engine answers once generation is not paused; `None` if the request was rejected instead."""
-        while self._held is not None:
-            if not await asyncio.shield(self._held):
-                return None
+        if not await self._gate.passed():
+            return None
         return await self._engine.generate(ids, sampling, trajectory_id=key)
 
     @staticmethod
@@ -226,18 +225,13 @@ class LocalServer:
 
         They wait here and not in the engine, which refuses requests while its cache is released (verl releases it for the
         time of an update, and trajectories go on sending)."""
-        if self._held is None or (self._held.done() and not reject_request):
-            self._held = asyncio.get_running_loop().create_future()
-        if reject_request and not self._held.done():
-            self._held.set_result(False)
+        self._gate.shut(reject=reject_request)
         await self._engine.pause()
         await self._engine.abort_all()
 
     async def resume_generation(self) -> None:
         await self._engine.resume()
-        held, self._held = self._held, None
-        if held is not None and not held.done():
-            held.set_result(True)
+        self._gate.open()
 
     async def clear_kv_cache(self) -> None:
         await self._engine.sleep(("kv_cache",))

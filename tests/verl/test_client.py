@@ -54,7 +54,13 @@ async def ask(client: Client, sampling: Sampling = SAMPLING) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "seed"),
-    [("sglang", {"sampling_seed": 11}), ("vllm", {"seed": 11}), ("agentloop_local", {"seed": 11}), ("trtllm", {})],
+    [
+        ("sglang", {"sampling_seed": 11}),
+        ("vllm", {"seed": 11}),
+        ("agentloop_local", {"seed": 11}),
+        ("trtllm", {}),
+        ("sglang_async", {"sampling_seed": 11}),
+    ],
 )
 async def test_each_server_gets_the_keys_that_it_knows(name: str, seed: dict[str, int]) -> None:
     client = Client(output([5, 9]), name=name)
@@ -68,7 +74,7 @@ async def test_each_server_gets_the_keys_that_it_knows(name: str, seed: dict[str
         "stop_token_ids": [9],
         **seed,
     }
-    assert client.calls[0].get("trajectory_id") == ("t0" if name == "agentloop_local" else None)
+    assert client.calls[0].get("trajectory_id") == ("t0" if name in ("agentloop_local", "sglang_async") else None)
 
 
 async def test_a_server_cannot_change_the_callers_tokens() -> None:

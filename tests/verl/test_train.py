@@ -218,6 +218,15 @@ def test_trainer_and_rollout_apart_get_a_backend_and_resources_on_the_cpu(folder
     assert f"{checkpoint}.backend" not in arguments(make_plan(write(folder)))
 
 
+def test_sglang_async_is_registered_by_settings(folder: Path) -> None:
+    given = arguments(make_plan(write(folder), ["platform=auto", "actor_rollout_ref.rollout.name=sglang_async"]))
+    module = "agentloop.verl.replica_sglang"
+    assert given["actor_rollout_ref.model.external_lib"] == module
+    assert given["actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module"] == module
+    with pytest.raises(ConfigError, match="sglang_async needs a GPU"):
+        make_plan(write(folder), ["actor_rollout_ref.rollout.name=sglang_async"])
+
+
 def test_the_quick_sampler_stands_back_where_verl_gives_it_too_little(folder: Path) -> None:
     key = "trainer.v1.sampler.custom_sampler.name"
     assert arguments(make_plan(write(folder)))[key] == "QuickReplayBuffer"
