@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,8 @@ ABORTED = ("aborted", "abort")
 SEED_KEYS = {"vllm": "seed", ROLLOUT_NAME: "seed", "sglang": "sampling_seed", SGLANG_ASYNC: "sampling_seed"}
 """What each server calls a request's seed. Servers build their own class from our dict and refuse a key that they do not
 know, so no other server is sent one."""
+RESEND_S = 0.2
+"""Before a request is sent again that was cut off before its first token: its server may be on its way out."""
 STEERED = (ROLLOUT_NAME, SGLANG_ASYNC)
 """Servers of ours, which are told whose request it is and can end one."""
 
@@ -29,12 +31,17 @@ class VerlEngine(Engine):
     What verl answers is mapped onto `Generation`: `data` is a dict with those of `routed_experts` (an array of
     [tokens, layers, top k] over prompt and output), `num_preempted` and `extra_fields` (what else the server told) that
     there are, or `None`. Whatever fails in a server or on the way to it is an `EngineError`.
+
+    verl's resuming client (`FullyAsyncLLMServerClient`) sends a request that an update of the weights has cut off again, and
+    joins the parts to one answer, of which nobody can tell where the weights changed, and whose parts repeat each other's
+    random numbers. So each part is asked for by itself here and answered as `ABORTED`, and our loop resumes.
     """
 
     def __init__(self, llm_client: Any, *, rollout_name: str | None = None) -> None:
         """`llm_client`: verl's `LLMServerClient` or a class with its `generate`. `rollout_name` defaults to the one in the
         client's own config."""
         self._client = llm_client
+        self._leg, self._resumes = _one_leg(llm_client)
         self._name = rollout_name if rollout_name is not None else _rollout_name(llm_client)
         self._version: int | None = None
         self._aborts: set[asyncio.Future[None]] = set()
@@ -45,13 +52,17 @@ class VerlEngine(Engine):
         return self._version
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, trajectory_id: str) -> Generation:
-        # The lists and dicts are fresh: SGLang's server rewrites the parameters (async_sglang_server.py:597), and a client
-        # may resend with them.
         extra = {"trajectory_id": trajectory_id} if self._name in STEERED else {}
         try:
-            output = await self._client.generate(
-                trajectory_id, prompt_ids=list(ids), sampling_params=self.sampling_params(sampling), **extra
-            )
+            while True:
+                # The lists and dicts are fresh: SGLang's server rewrites the parameters (async_sglang_server.py:597), and a
+                # client may resend with them.
+                output = await self._leg(
+                    trajectory_id, prompt_ids=list(ids), sampling_params=self.sampling_params(sampling), **extra
+                )
+                if not self._resumes or output.token_ids or output.stop_reason not in ABORTED:
+                    break
+                await asyncio.sleep(RESEND_S)
         except asyncio.CancelledError:
             # Cancelling the wait does not reach the actor; verl's SGLang and vLLM servers give no way to name the request,
             # which verl renames on the way (llm_server.py:151), so there it runs to its end, unread.
@@ -133,9 +144,19 @@ class VerlEngine(Engine):
             getattr(server, method).remote(trajectory_id)
 
 
+def _one_leg(client: Any) -> tuple[Callable[..., Awaitable[Any]], bool]:
+    """The client's `generate` without the resuming of verl's client, and whether that was left out (`llm_server.py:227`).
+    A class of the user's with a `generate` of its own keeps it."""
+    lineage: tuple[type[Any], ...] = type(client).__mro__
+    for cls in lineage:
+        if cls.__name__ == "FullyAsyncLLMServerClient" and type(client).generate is vars(cls)["generate"]:
+            return super(cls, client).generate, True
+    return client.generate, False
+
+
 def _stop_reason(name: str | None, ids: Sequence[int], sampling: Sampling) -> StopReason:
     """verl's name as ours. vLLM's adapter says «completed» for an end of turn and for a spent budget alike
-    (vllm_async_server.py:723), and the resuming client says «length» whatever the last token was (llm_server.py:333), so
+    (vllm_async_server.py:723), and a resuming client says «length» whatever the last token was (llm_server.py:333), so
     the last token decides."""
     if name in ABORTED:
         return StopReason.ABORTED

@@ -11,6 +11,7 @@ import ray.exceptions
 
 from agentloop.engines.base import Sampling
 from agentloop.errors import EngineError
+from agentloop.generate import generate
 from agentloop.trajectory import StopReason
 from agentloop.verl.client import VerlEngine
 
@@ -188,3 +189,52 @@ async def test_cancelling_and_releasing_reach_the_local_server() -> None:
 
 async def test_releasing_on_other_servers_does_nothing() -> None:
     await VerlEngine(Client(name="sglang")).release("t0")
+
+
+class Legs:
+    """A server as verl's client calls it: answers from a list, whose first are cut off by an update."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.seen: list[tuple[list[int], dict[str, Any]]] = []
+        self.generate = self
+
+    async def remote(self, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any) -> Any:
+        self.seen.append((list(prompt_ids), dict(sampling_params)))
+        return self.answers.pop(0)
+
+
+async def test_what_an_update_cuts_off_is_resumed_with_the_version_of_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
+
+    monkeypatch.setattr("agentloop.verl.client.RESEND_S", 0.0)
+    nothing = output([], stop="aborted", global_steps=None)
+    server = Legs(
+        nothing, nothing, nothing, nothing, output([5, 6], stop="aborted", global_steps=3), output([9], global_steps=4)
+    )  # fmt: skip
+
+    class OneServer(FullyAsyncLLMServerClient):  # type: ignore[misc]
+        async def _acquire_server(self, request_id: str, **_: Any) -> tuple[str, Any]:
+            return "s0", server
+
+        def _release_server(self, server_id: str, request_id: str | None = None) -> None:
+            return None
+
+    engine = VerlEngine(OneServer(Client().config))
+    answer = await generate(engine, [1, 2], SAMPLING, "t0")
+    assert (answer.ids, answer.stop_reason) == ([5, 6, 9], StopReason.STOP)
+    assert answer.version_runs == ((3, 2), (4, 1))
+    assert [ids for ids, _ in server.seen] == [[1, 2]] * 5 + [[1, 2, 5, 6]]
+    first, last = server.seen[0][1], server.seen[-1][1]
+    assert (first["max_tokens"], last["max_tokens"]) == (4, 2)
+    assert first["sampling_seed"] != last["sampling_seed"]  # with the same one a server repeats its random numbers
+
+
+async def test_a_client_with_a_generate_of_its_own_keeps_it() -> None:
+    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
+
+    class Own(FullyAsyncLLMServerClient):  # type: ignore[misc]
+        async def generate(self, *_: Any, **__: Any) -> Any:
+            return output([7, 9], global_steps=1)
+
+    assert (await ask(Own(Client().config))).ids == [7, 9]

@@ -52,7 +52,7 @@ class Hollow(MetaPathFinder, Loader):
 
 
 @pytest.fixture(scope="module")
-def server_class() -> Iterator[type[Any]]:
+def server_class() -> Iterator[Any]:
     before, finder = set(sys.modules), Hollow()
     sys.meta_path.insert(0, finder)
     yield importlib.import_module("agentloop.verl.sglang_server").AsyncSGLangServer
@@ -107,7 +107,7 @@ class Manager:
 
 
 @pytest.fixture
-def make(server_class: type[Any]) -> Any:
+def make(server_class: Any) -> Any:
     def make(**meta: Any) -> Any:
         server = server_class.__new__(server_class)
         server.config = SimpleNamespace(
@@ -132,7 +132,7 @@ class Client:
         self.calls: set[asyncio.Future[Any]] = set()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        task = asyncio.ensure_future(getattr(self.server, method)(*args, **kwargs))
+        task: asyncio.Future[Any] = asyncio.ensure_future(getattr(self.server, method)(*args, **kwargs))
         self.calls.add(task)
         return task
 
@@ -232,7 +232,7 @@ async def test_cancelling_ends_the_request_in_sglang(make: Any, monkeypatch: pyt
 
 
 async def test_routed_experts_survive_verls_own_handling(make: Any) -> None:
-    experts = np.arange(8, dtype=np.int32)
+    experts: Any = np.arange(8, dtype=np.int32)
     server = make(routed_experts=base64.b64encode(experts.tobytes()).decode())
     answer = await VerlEngine(Client(server)).generate([1, 2, 3], SAMPLING, trajectory_id="t0")
     assert answer.data["routed_experts"].tolist() == experts.reshape(4, 2, 1).tolist()
