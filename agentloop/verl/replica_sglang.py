@@ -14,10 +14,10 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from agentloop.errors import ConfigError
-from agentloop.verl.sglang_parts import SGLANG_ASYNC, VERSION
+from agentloop.verl.sglang_parts import SGLANG_ASYNC
 
 if find_spec("sglang") is None:
-    raise ConfigError(f"rollout.name={SGLANG_ASYNC} needs SGLang, which is not installed (pip install sglang=={VERSION})")
+    raise ConfigError(f"rollout.name={SGLANG_ASYNC} needs SGLang, which is not installed (pip install 'agentloop[sglang]')")
 
 
 def _load() -> Any:

@@ -78,7 +78,7 @@ class Tap:
         if isinstance(encoded, str):
             import torch
 
-            # verl calls `.numpy()` on it (async_sglang_server.py:673), and SGLang has answered a string since 0.5.10.
+            # verl calls `.numpy()` on it (async_sglang_server.py:673), and SGLang 0.5.12 answers a string.
             experts = np.array(protocol.routed_experts(encoded, self._experts_shape))
             answer["meta_info"]["routed_experts"] = torch.from_numpy(experts)
         yield answer
