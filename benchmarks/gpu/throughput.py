@@ -39,7 +39,7 @@ from benchmarks.gpu.meter import GpuWatch, Meter, MeteredEngine
 from benchmarks.gpu.models import QWEN3_8B, TINY, random_model, write_model
 from benchmarks.gpu.sides import Agentloop, bare_loop, reuse
 from benchmarks.gpu.trace import TOOLS, Conversation, instant, make_trace, record, shortened
-from benchmarks.gpu.wire import Workers
+from benchmarks.gpu.wire import Worker, Workers
 from benchmarks.report import RESULTS, Aim, report, save
 
 SETTINGS: dict[str, Any] = {
@@ -98,6 +98,8 @@ class Bench:
         self.response_length = self._response_length(with_delays)
         self.salt = 0
         self.gpu = GpuWatch()
+        self._processes: dict[str, list[subprocess.Popen[bytes]]] = {}
+        self._taken: dict[str, list[Worker]] = {}
         self.figures: dict[str, Any] = {
             "command": f"python -m benchmarks.gpu.throughput {' '.join(sys.argv[1:])}".strip(),
             "engine": args.engine,
@@ -200,29 +202,24 @@ class Bench:
 
     # -- beside verl ----------------------------------------------------------------------------------------------------
 
-    async def beside_verl(self, engine: MeteredEngine, workers: Workers) -> None:
+    async def beside_verl(self, engine: MeteredEngine) -> None:
         default, *others = self.args.workers
-        await self.in_processes(engine, workers, "instant", "agentloop", 1)
+        await self.in_processes(engine, "instant", "agentloop", 1)
         for count in (default, *others):
-            await self.in_processes(engine, workers, "instant", "verl", count)
-        await self.in_processes(engine, workers, "delays", "agentloop", 1)
-        await self.in_processes(engine, workers, "delays", "verl", default)
+            await self.in_processes(engine, "instant", "verl", count)
+        await self.in_processes(engine, "delays", "agentloop", 1)
+        await self.in_processes(engine, "delays", "verl", default)
         best = quickest(self.figures.get("verl", {}).get("instant", {}))
         if best is not None and best != f"verl_{default}_workers":
-            await self.in_processes(engine, workers, "delays", "verl", int(best.split("_")[1]))
+            await self.in_processes(engine, "delays", "verl", int(best.split("_")[1]))
 
-    async def in_processes(self, engine: MeteredEngine, workers: Workers, delays: str, kind: str, count: int) -> None:
+    async def in_processes(self, engine: MeteredEngine, delays: str, kind: str, count: int) -> None:
         trace = self.traces[delays]
         name = "agentloop" if kind == "agentloop" else f"verl_{count}_workers"
         shares = [trace[len(trace) * i // count : len(trace) * (i + 1) // count] for i in range(count)]
-        try:
-            taken = await workers.wait(kind, count, WORKERS_READY_S)
-        except TimeoutError:
-            self.figures.setdefault("not_run", {})[f"verl/{delays}/{name}"] = self._why_not_ready(kind)
-            self.save()
-            return
 
         async def together(salt: int) -> dict[str, Any]:
+            taken = self._taken[kind][:count]
             work = [{"conversations": share, "salt": salt} for share in shares]
             results = await asyncio.gather(*(worker.run(part) for worker, part in zip(taken, work, strict=True)))
             return {
@@ -234,27 +231,29 @@ class Bench:
         await self.side("verl", delays, name, together, engine)
 
     async def warm_workers(self, workers: Workers) -> None:
+        """Wait for them, and let each run a few conversations. Raises `AgentloopError` if one does not."""
         short = shortened(self.traces["instant"])
-        kinds = [("agentloop", 1), ("verl", max(self.args.workers))]
-        for kind, count in kinds:
-            try:
-                taken = await workers.wait(kind, count, WORKERS_READY_S)
-            except TimeoutError:
-                self.say(self._why_not_ready(kind))
-                continue
+        for kind, processes in self._processes.items():
+            self._taken[kind] = taken = await self._ready(workers, kind, len(processes))
             self.salt += 1
-            work = [{"conversations": short[i : i + 4] or short[:4], "salt": self.salt} for i in range(count)]
-            await asyncio.gather(*(worker.run(part) for worker, part in zip(taken, work, strict=True)))
+            work = {"conversations": short[:4], "salt": self.salt}
+            await asyncio.gather(*(worker.run(work) for worker in taken))
 
-    def _why_not_ready(self, kind: str) -> str:
-        logs = sorted(self.folder.glob(f"{kind}-*.log"))
-        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()[-1:]]
-        return f"no workers of {kind} within {WORKERS_READY_S:.0f} s: {lines[0] if lines else 'they say nothing'}"
+    async def _ready(self, workers: Workers, kind: str, count: int) -> list[Worker]:
+        late = perf_counter() + WORKERS_READY_S
+        while True:
+            try:
+                return await workers.wait(kind, count, timeout_s=1.0)
+            except TimeoutError:
+                ended = any(process.poll() is not None for process in self._processes[kind])
+                if ended or perf_counter() > late:
+                    logs = [log.read_text(errors="replace").splitlines() for log in sorted(self.folder.glob(f"{kind}-*.log"))]
+                    said = next((lines[-1] for lines in logs if lines), "it said nothing")
+                    raise AgentloopError(f"a worker of {kind} {'ended' if ended else 'is not ready'}: {said}") from None
 
-    def start_workers(self) -> list[subprocess.Popen[bytes]]:
-        """They import and build while the engine starts."""
+    def start_workers(self) -> None:
+        """They import while the engine starts."""
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        processes = []
         for kind, count in (("agentloop", 1), ("verl", max(self.args.workers))):
             setup = {
                 "kind": kind,
@@ -266,8 +265,15 @@ class Bench:
             for number in range(count):
                 command = [sys.executable, "-m", "benchmarks.gpu.worker", json.dumps(setup)]
                 with (self.folder / f"{kind}-{number}.log").open("wb") as log:
-                    processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        return processes
+                    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                self._processes.setdefault(kind, []).append(process)
+
+    def stop_workers(self) -> None:
+        processes = [process for some in self._processes.values() for process in some]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
     # -- all of it ------------------------------------------------------------------------------------------------------
 
@@ -280,16 +286,19 @@ class Bench:
             self.salt += 1
             await ours.run(shortened(self.traces["instant"]), self.salt)
             self.say("warm")
-            if only in (None, "raw"):
-                await self.beside_raw(engine, ours, "instant", repeats=self.args.repeats, bare=True)
-            if only in (None, "verl"):
-                if importlib.util.find_spec("verl") is None:
-                    self.figures.setdefault("not_run", {})["verl"] = "verl is not installed"
-                else:
-                    await workers.listen(self.folder / "engine.sock")
+            if only in (None, "verl"):  # before any side is timed: workers that start take processors from it
+                await workers.listen(self.folder / "engine.sock")
+                try:
                     await self.warm_workers(workers)
                     self.say("workers warm")
-                    await self.beside_verl(engine, workers)
+                except AgentloopError as error:
+                    self._taken.clear()
+                    self.figures.setdefault("not_run", {})["verl"] = str(error)
+                    self.say(f"verl: {error}")
+            if only in (None, "raw"):
+                await self.beside_raw(engine, ours, "instant", repeats=self.args.repeats, bare=True)
+            if self._taken:
+                await self.beside_verl(engine)
             if only == "cache":
                 await self.beside_raw(engine, ours, "instant", repeats=1, bare=False)
             if only != "verl":
@@ -357,26 +366,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why := missing(args.engine):
         print(why, file=sys.stderr)
         return 3
-    processes: list[subprocess.Popen[bytes]] = []
+    status = 0
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         bench = Bench(args, Path(folder))
         try:
-            if args.only in (None, "verl") and importlib.util.find_spec("verl") is not None:
-                processes = bench.start_workers()
+            if args.only in (None, "verl"):
+                bench.start_workers()
             engine = start_engine(args.engine, bench.model)
             bench.figures["start_s"] = round(perf_counter() - bench.began, 1)
             bench.say(f"the engine is up; the trace: {json.dumps(bench.figures['trace'])}")
             asyncio.run(bench.run(engine))
         except (ConfigError, AgentloopError) as error:
             print(error, file=sys.stderr)
-            return 1
+            status = 1
         finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
-    report(bench.name, bench.figures, aims(bench.figures), args.results)
-    return 0
+            bench.stop_workers()
+    if "start_s" in bench.figures:
+        report(bench.name, bench.figures, aims(bench.figures), args.results)
+    return status
 
 
 if __name__ == "__main__":
