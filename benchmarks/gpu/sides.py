@@ -13,6 +13,7 @@ from typing import Any
 
 from agentloop.config import Deadlines, LoopConfig
 from agentloop.engines.base import Engine, Sampling
+from agentloop.engines.local import LocalEngine
 from agentloop.errors import AgentloopError
 from agentloop.rollout import Rollout
 from agentloop.trajectory import EndReason, Sample, Trajectory
@@ -38,15 +39,17 @@ Ask = Callable[[list[int], int, str], Awaitable[tuple[list[int], list[float], in
 
 
 def raw_ask(engine: Engine) -> Ask:
-    """What is underneath our engine: `sglang.Engine.async_generate`, or the local engine itself."""
-    inner = getattr(engine, "_engine", None)
-    if inner is None:
+    """What is underneath our engine: `sglang.Engine.async_generate`, or the local engine itself.
+
+    SGLang's is called on the very object that our engine has started and, having been asked before, receives answers for."""
+    if isinstance(engine, LocalEngine):
 
         async def ask_engine(ids: list[int], tokens: int, name: str) -> tuple[list[int], list[float], int]:
             answer = await engine.generate(ids, Sampling(tokens), trajectory_id=name)
             return answer.ids, answer.log_probs or [], answer.cached_tokens
 
         return ask_engine
+    inner = engine._engine  # type: ignore[attr-defined]
 
     async def ask_sglang(ids: list[int], tokens: int, name: str) -> tuple[list[int], list[float], int]:
         params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True, "skip_special_tokens": False}
