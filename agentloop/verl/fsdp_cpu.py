@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from verl.utils import fsdp_utils
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -30,3 +31,17 @@ class CPUFSDPEngineWithLMHead(FSDPEngineWithLMHead):  # type: ignore[misc]
             return super()._build_fsdp_module(module)
         finally:
             self.engine_config = config
+
+
+_save = fsdp_utils.fsdp2_sharded_save_to_cpu
+
+
+def _saved_apart(model: Any) -> tuple[dict[str, tuple[Any, Any]], Any]:
+    """verl's, with copies: what `.cpu()` gives of a tensor in main memory is the tensor itself (fsdp_utils.py:1180), so the old
+    policy that `separate_async` saves between two syncs would follow the weights, and its probabilities be the new ones."""
+    state, spec = _save(model)
+    return {name: (tensor.clone(), own) for name, (tensor, own) in state.items()}, spec
+
+
+# experimental/separation/engine_workers.py:99 imports it by name whenever it first saves.
+fsdp_utils.fsdp2_sharded_save_to_cpu = _saved_apart

@@ -37,6 +37,26 @@ print(json.dumps({
 """
 
 
+SAVED = """
+import json, torch
+import verl
+from agentloop.verl import fsdp_cpu
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from verl.utils.fsdp_utils import fsdp2_sharded_load_from_cpu, fsdp2_sharded_save_to_cpu
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+model = fully_shard(torch.nn.Linear(2, 2, bias=False), mesh=init_device_mesh("cpu", (1,)))
+weight = lambda: model.weight.full_tensor().tolist()
+before = weight()
+saved = fsdp2_sharded_save_to_cpu(model)
+with torch.no_grad():
+    model.weight.add_(1)
+changed = weight() != before
+fsdp2_sharded_load_from_cpu(model, *saved)
+print(json.dumps({"changed": changed, "restored": weight() == before}))
+"""
+
+
 def look(code: str, **env: str) -> dict[str, object]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
     done = subprocess.run(
@@ -62,3 +82,8 @@ def test_registered_when_asked_for() -> None:
         "peak": True,
         "stream": True,
     }
+
+
+def test_a_saved_policy_does_not_follow_the_weights() -> None:
+    seen = look(SAVED, VERL_USE_EXTERNAL_MODULES="agentloop.verl.plugin", VERL_PLATFORM="cpu")
+    assert seen == {"changed": True, "restored": True}
