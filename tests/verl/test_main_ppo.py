@@ -73,8 +73,8 @@ def test_rollout_and_trainer_agree(tmp_path: Path, overrides: list[Any], monkeyp
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_trainer_and_rollout_apart(tmp_path: Path) -> None:
-    """Answers of up to 900 tokens, of a model that rarely stops, on a server that takes four at a time: some are being generated
-    when an update comes."""
+    """Answers of up to 900 tokens, of a model that rarely stops, on a server that takes four at a time: some are being
+    generated when an update comes."""
     steps = train(
         tmp_path,
         "trainer.v1.trainer_mode=separate_async",
