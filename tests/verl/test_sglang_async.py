@@ -29,6 +29,13 @@ from agentloop.verl.sglang_parts import SGLANG_ASYNC, Tap, check_places
 SAMPLING = Sampling(max_tokens=4, temperature=0.7, stop_token_ids=(9,), seed=11)
 
 
+def test_without_sglang_it_is_refused_when_it_is_registered() -> None:
+    if importlib.util.find_spec("sglang") is not None:
+        pytest.skip("SGLang is installed")
+    with pytest.raises(ConfigError, match="needs SGLang, which is not installed"):
+        importlib.import_module("agentloop.verl.replica_sglang")
+
+
 class Record:
     """A request of SGLang's: whatever it is made of."""
 
@@ -254,10 +261,3 @@ def test_another_sglang_is_told_of_in_one_sentence() -> None:
     check_places(Manager(), "0.5.12")
     with pytest.raises(ConfigError, match=r"'generate_request' .* SGLang 0\.9\.0 does not have .*rollout\.name=sglang"):
         check_places(object(), "0.9.0")
-
-
-def test_without_sglang_it_is_refused_when_it_is_registered() -> None:
-    if importlib.util.find_spec("sglang") is not None:
-        pytest.skip("SGLang is installed")
-    with pytest.raises(ConfigError, match="needs SGLang, which is not installed"):
-        importlib.import_module("agentloop.verl.replica_sglang")
