@@ -10,6 +10,7 @@ from typing import Any
 
 from agentloop.engines.base import Sampling
 from agentloop.errors import ConfigError
+from agentloop.iterate import each
 from agentloop.loop import AgentLoop
 from agentloop.trajectory import Sample, Trajectory
 
@@ -90,7 +91,7 @@ class Rollout:
 
         async def feed() -> None:
             seen: set[str] = set()
-            async for sample in _each(samples):
+            async for sample in each(samples):
                 if sample.uid in seen:
                     raise _same_uid(2, sample.uid)
                 seen.add(sample.uid)
@@ -175,12 +176,3 @@ def _distinct(samples: Iterable[Sample]) -> list[Sample]:
 def _same_uid(count: int, uid: str) -> ConfigError:
     """Trajectories of two samples with one `uid` could not be told apart, nor their records."""
     return ConfigError(f"{count} samples of one rollout have the uid '{uid}'; give each its own, and siblings by n")
-
-
-async def _each(samples: Iterable[Sample] | AsyncIterable[Sample]) -> AsyncIterator[Sample]:
-    if isinstance(samples, AsyncIterable):
-        async for sample in samples:
-            yield sample
-    else:
-        for sample in samples:
-            yield sample

@@ -13,6 +13,9 @@ from agentloop.trajectory import StopReason, VersionRuns
 if TYPE_CHECKING:
     import torch
 
+Weights = Iterable[tuple[str, "torch.Tensor"]] | AsyncIterable[tuple[str, "torch.Tensor"]]
+"""Names and tensors, from an iterable of either kind; `agentloop.iterate.each` goes through both."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -94,9 +97,7 @@ class Engine(ABC):
         """The trajectory has ended: what was kept for it may go. Never raises for an unknown one."""
         return
 
-    async def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]], version: int
-    ) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> None:
         """Copy named tensors into the model in place; afterwards every answer carries `version`. Kept keys and values are
         dropped. Unknown names or wrong shapes raise `EngineError` and leave the old version."""
         raise EngineError(f"{type(self).__name__} takes no weights")

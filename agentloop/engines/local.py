@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import threading
 from array import array
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from agentloop.engines.base import Engine, Generation, Sampling, check_sampling
+from agentloop.engines.base import Engine, Generation, Sampling, Weights, check_sampling
 from agentloop.engines.local_batch import Batch, Request
 from agentloop.engines.local_cache import ATTENTION, Fill, SlotCache
 from agentloop.errors import ConfigError, EngineError, nearest
+from agentloop.iterate import each
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -175,16 +176,14 @@ class LocalEngine(Engine):
         if self._thread is not None and not self._closed:
             self._submit(lambda: self._batch.release(trajectory_id))
 
-    async def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]], version: int
-    ) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> None:
         """Copies everything beside the model first, so that an error leaves the old weights whole and the source may reuse
         its buffers. Running requests go on with the new weights from their next token, on the keys and values that they
         have; these are used no further afterwards. Tied tensors may come under either name or both."""
         self._check_open(asleep=True)
         targets = self._tensors()
         staged: dict[str, torch.Tensor] = {}
-        async for name, tensor in _iterate(weights):
+        async for name, tensor in each(weights):
             target = targets.get(name)
             if target is None:
                 raise EngineError(f"the model has no weight '{name}': {nearest(name, targets)}")
@@ -357,17 +356,6 @@ def _post(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], result: T 
 
     with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
         loop.call_soon_threadsafe(settle)
-
-
-async def _iterate(
-    weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]],
-) -> Any:
-    if isinstance(weights, AsyncIterable):
-        async for item in weights:
-            yield item
-    else:
-        for item in weights:
-            yield item
 
 
 def _tied(staged: Iterable[str], targets: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:

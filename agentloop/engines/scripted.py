@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from agentloop.engines.base import Engine, Generation, Sampling
+from agentloop.engines.base import Engine, Generation, Sampling, Weights
 from agentloop.errors import ConfigError, EngineError, nearest
+from agentloop.iterate import each
 from agentloop.trajectory import StopReason
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,16 +205,10 @@ class ScriptedEngine(Engine):
         """Forget how far the trajectory has come: the same id starts the script again."""
         self._progress.pop(trajectory_id, None)
 
-    async def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]], version: int
-    ) -> None:
+    async def update_weights(self, weights: Weights, version: int) -> None:
         """There is no model: the tensors are consumed and only the version counts."""
-        if isinstance(weights, AsyncIterable):
-            async for _ in weights:
-                pass
-        else:
-            for _ in weights:
-                pass
+        async for _ in each(weights):
+            pass
         self._version = version
 
     async def abort_all(self) -> None:

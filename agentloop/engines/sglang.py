@@ -16,10 +16,10 @@ from typing import Any
 
 from agentloop.config import validate
 from agentloop.engines import sglang_protocol as protocol
-from agentloop.engines.base import Engine, Generation, Sampling
+from agentloop.engines.base import Engine, Generation, Sampling, Weights
 from agentloop.engines.sglang_config import SGLangConfig
 from agentloop.engines.sglang_process import end, launch, server_args
-from agentloop.engines.sglang_weights import Names, Weights, buckets, shapes
+from agentloop.engines.sglang_weights import Names, buckets, shapes
 from agentloop.errors import EngineError, nearest
 from agentloop.trajectory import StopReason
 

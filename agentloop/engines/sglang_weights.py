@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agentloop.engines.base import Weights
 from agentloop.errors import EngineError
+from agentloop.iterate import each
 
 if TYPE_CHECKING:
     import torch
-
-Weights = Iterable[tuple[str, "torch.Tensor"]] | AsyncIterable[tuple[str, "torch.Tensor"]]
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LAYER = re.compile(r".*?\blayers\.\d+\b")
@@ -76,7 +76,7 @@ async def buckets(
     from; the source may use its buffers again. Raises `EngineError` for what SGLang would lose in silence."""
     bucket: list[tuple[str, torch.Tensor]] = []
     size, layer = 0, ""
-    async for name, tensor in iterate(weights):
+    async for name, tensor in each(weights):
         wanted = names.take(name, tensor)
         if wanted is None:
             continue
@@ -90,15 +90,6 @@ async def buckets(
         size += tensor.nbytes
     if bucket:
         yield _whole(bucket)
-
-
-async def iterate(weights: Weights) -> AsyncIterator[tuple[str, torch.Tensor]]:
-    if isinstance(weights, AsyncIterable):
-        async for item in weights:
-            yield item
-    else:
-        for item in weights:
-            yield item
 
 
 def _whole(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:

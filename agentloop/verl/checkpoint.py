@@ -16,9 +16,10 @@ from typing import Any
 import ray
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
+from agentloop.engines.base import Weights
 from agentloop.errors import EngineError
 from agentloop.verl import replica as replica  # registers the rollout in the worker's process
-from agentloop.verl.weights import BUCKETS, Weights, buckets, drain
+from agentloop.verl.weights import BUCKETS, buckets, drain
 
 BACKEND = "agentloop_ray"
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from agentloop.engines.base import Weights
+from agentloop.iterate import each
+
 BUCKETS = "agentloop_buckets"
 """The wire format (as verl calls it) of references to `WeightBucket`s in Ray's object store."""
-
-Weights = Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +49,6 @@ class WeightBucket:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # «not writable»: nobody writes
                 yield name, torch.frombuffer(piece, dtype=dtype).reshape(shape)
-
-
-async def each(weights: Weights) -> AsyncIterator[tuple[str, torch.Tensor]]:
-    """Weights from a generator of either kind: verl hands over plain ones when colocated, asynchronous ones otherwise."""
-    if isinstance(weights, AsyncIterable):
-        async for named in weights:
-            yield named
-    else:
-        for named in weights:
-            yield named
 
 
 async def buckets(weights: Weights, limit: int) -> AsyncIterator[WeightBucket]:

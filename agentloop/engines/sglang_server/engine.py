@@ -13,7 +13,7 @@ from typing import Any
 
 from agentloop.config import validate
 from agentloop.engines import sglang_protocol as protocol
-from agentloop.engines.base import Engine, Generation, Sampling
+from agentloop.engines.base import Engine, Generation, Sampling, Weights
 from agentloop.engines.sglang_server import weights_on_disk
 from agentloop.engines.sglang_server.config import SGLangServerConfig, UpdateMode
 from agentloop.engines.sglang_server.control import Control, Target
@@ -22,7 +22,6 @@ from agentloop.engines.sglang_server.health import Prober
 from agentloop.engines.sglang_server.http import Http, ServerLost
 from agentloop.engines.sglang_server.replicas import Replicas
 from agentloop.engines.sglang_server.workers import Limits, limits, number, rank
-from agentloop.engines.sglang_weights import Weights
 from agentloop.errors import EngineError, nearest
 from agentloop.trajectory import StopReason
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agentloop.engines.sglang_weights import Names, Weights, iterate
+from agentloop.engines.base import Weights
+from agentloop.engines.sglang_weights import Names
 from agentloop.engines.sglang_weights import shapes as shapes
 from agentloop.errors import EngineError
+from agentloop.iterate import each
 
 SHARD_BYTES = 4 << 30
 """Of one file; so much is in memory at a time beside the weights themselves."""
@@ -45,7 +47,7 @@ class Folder:
         try:
             shard: dict[str, Any] = {}
             held, files, names = 0, 0, Names(known)
-            async for name, tensor in iterate(weights):
+            async for name, tensor in each(weights):
                 wanted = names.take(name, tensor)
                 if wanted is None:
                     continue
