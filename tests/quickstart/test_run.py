@@ -190,7 +190,7 @@ count = 0
 def note(number, frame):
     global count
     count += 1
-signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGTERM, note)
 print("ready", flush=True)
 while not count:
     time.sleep(0.01)

@@ -260,8 +260,8 @@ def schema(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
         (schema({"text": {"type": "integer"}}, ["text"]), "gives 'text' the type 'integer', the signature takes string"),
         (schema({"times": {"type": "integer"}}, []), "needs 'text', which the schema does not offer"),
         (schema({"text": {"type": "string"}}, []), "needs 'text', which the schema does not list under 'required'"),
-        (schema({"text": {"type": "strin"}}, ["text"]), "type 'strin'"),
-        ({"type": "function"}, "tool_schema.function': field required"),
+        (schema({"text": {"type": "strin"}}, ["text"]), "cannot be 'strin'; did you mean 'string'"),
+        ({"type": "function"}, "key 'tool_schema.function' is missing"),
     ],
 )
 def test_a_schema_that_clashes_with_the_signature(written: Any, says: str) -> None:
