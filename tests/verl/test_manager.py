@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,6 +282,6 @@ def test_a_mistake_is_one_sentence_before_a_worker_starts(
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
     where = {"actor_rollout_ref.model.path": tmp_path, "agentloop.run_dir": tmp_path / "run"}
     with pytest.raises(ConfigError) as caught:
-        AgentLoopManager.create(config=verl_config(**where, **overrides), llm_client=None)
+        AgentLoopManager.create(config=verl_config(**where, **overrides), llm_client=SimpleNamespace(generate=None))
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
