@@ -158,7 +158,8 @@ def train(command: Sequence[str], run_dir: Path, console: Console) -> Watch:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     memory = threading.Thread(target=watch.sample_memory, args=(process.pid,), daemon=True)
     memory.start()
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    stopping = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    previous = {number: signal.signal(number, _interrupt) for number in stopping}
     try:
         while process.poll() is None:
             try:

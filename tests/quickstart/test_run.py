@@ -202,6 +202,7 @@ sys.exit(100 + count)
 def test_ctrl_c_reaches_the_training_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "POLL_S", 0.05)
     log = tmp_path / "train.log"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
     def press() -> None:
         while not (log.exists() and "ready" in log.read_text()):
@@ -209,5 +210,8 @@ def test_ctrl_c_reaches_the_training_once(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    watch = quickstart.train([sys.executable, "-c", INTERRUPTED], tmp_path, Console(file=io.StringIO()))
+    try:
+        watch = quickstart.train([sys.executable, "-c", INTERRUPTED], tmp_path, Console(file=io.StringIO()))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert watch.exit_code == 101
