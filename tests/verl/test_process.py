@@ -16,7 +16,8 @@ def test_a_run_that_is_told_to_stop_takes_everything_with_it(tmp_path: Path, num
     outer = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True).wait()"
     code = (
         # As in a terminal; what was started in the background, as tests may be, ignores some of these.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "import sys; from pathlib import Path; from agentloop.verl.process import run\n"
         f"sys.exit(run([sys.executable, '-c', {outer!r}], {{}}, Path({str(tmp_path / 'log')!r}), verbose=True))"
     )
