@@ -1,6 +1,6 @@
 """Tools: what the model can call, and the policies under which it does."""
 
-from agentloop.tools.base import BaseTool, InvalidArguments, ToolResponse, ToolResult, ToolSchema
+from agentloop.tools.base import BaseTool, InvalidArguments, ToolResponse, ToolResult, ToolSchema, ToolSet
 from agentloop.tools.function import FunctionTool, load_function_file, tool
 from agentloop.tools.policy import RateLimit, ToolPolicy
 from agentloop.tools.registry import ToolRegistry
@@ -19,6 +19,7 @@ __all__ = [
     "ToolSchema",
     "ToolSession",
     "ToolSessions",
+    "ToolSet",
     "load_function_file",
     "run_blocking",
     "tool",

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 from uuid import uuid4
@@ -257,6 +257,18 @@ class BaseTool(ABC):
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         """Let go of the instance: called exactly once for every instance that was created."""
         self.instances.pop(instance_id, None)
+
+
+class ToolSet(ABC):
+    """Several tools from one entry of a tools file, each under the entry's policies.
+
+    Made as a tool is, from the entry's `config`; `ConfigError` if that is wrong.
+    """
+
+    tools: Sequence[ToolLike]
+
+    @abstractmethod
+    def __init__(self, config: Mapping[str, Any] | None = None, tool_schema: Any = None) -> None: ...
 
 
 def accepted_kwargs(method: Callable[..., Any], kwargs: Mapping[str, Any], group: str = "") -> dict[str, Any]:

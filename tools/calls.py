@@ -19,7 +19,7 @@ from agentloop.tools.base import InvalidArguments, ToolLike, accepted_kwargs, to
 from agentloop.tools.cut import TextCodec, cut_to_tokens
 from agentloop.tools.policy import Gate, ToolPolicy
 from agentloop.tools.schema import ArgumentCheck, Schema
-from agentloop.tools.session import CANCEL_GRACE_S, ToolSession, give_up_at
+from agentloop.tools.session import CANCEL_GRACE_S, ToolSession, current_session, give_up_at
 from agentloop.tools.threads import Slot, current_slot, run_blocking
 from agentloop.trajectory import CallRecord, CallStatus, ToolCall
 
@@ -93,7 +93,10 @@ class RegistrySession(ToolSession):
         if self._opened:
             raise RuntimeError(f"the tools of trajectory {self._trajectory_id} were opened before")
         self._opened = True
-        tasks = [asyncio.create_task(self._create(entry)) for entry in self._entries.values()]
+        context = contextvars.copy_context()
+        context.run(current_session.set, f"{self._trajectory_id}-{uuid4().hex[:8]}")
+        create_task = asyncio.get_running_loop().create_task
+        tasks = [create_task(self._create(entry), context=context.copy()) for entry in self._entries.values()]
         if not tasks:
             return
         try:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from agentloop.config import load_yaml
 from agentloop.errors import ConfigError, nearest
-from agentloop.tools.base import ToolLike, ToolSchema
+from agentloop.tools.base import ToolLike, ToolSchema, ToolSet
 from agentloop.tools.calls import Entry, RegistrySession, method_kwargs
 from agentloop.tools.cut import TextCodec
 from agentloop.tools.function import FunctionTool, as_tool, load_function_file
@@ -72,7 +72,7 @@ class ToolRegistry(ToolSessions):
         cls, tools: Iterable[Any], policies: Mapping[str, ToolPolicy | Mapping[str, Any]] | None = None
     ) -> ToolRegistry:
         """From tools (ours or verl's) and functions; `policies` by tool name, the keys as in YAML."""
-        made = [as_tool(thing) for thing in tools]
+        made = [tool for thing in tools for tool in (thing.tools if isinstance(thing, ToolSet) else [as_tool(thing)])]
         policies = dict(policies or {})
         for name in policies:
             if name not in {tool.name for tool in made}:
@@ -168,16 +168,15 @@ def read_tools(path: str | Path) -> tuple[list[Entry], list[str]]:
     entries: list[Entry] = []
     seen: dict[str, int] = {}
     for number, raw in enumerate(data["tools"], start=1):
-        entry, found = _read_entry(raw, path)
+        read, found = _read_entry(raw, path)
         label = f"{path}: tool {_label(raw, number)}"
         problems += [f"{label}: {problem}" for problem in found]
-        if entry is None:
-            continue
-        if entry.name in seen:
-            problems.append(f"{label}: the name '{entry.name}' is taken by tool {seen[entry.name]}; a name must be unique")
-            continue
-        seen[entry.name] = number
-        entries.append(entry)
+        for entry in read:
+            if entry.name in seen:
+                problems.append(f"{label}: the name '{entry.name}' is taken by tool {seen[entry.name]}; a name must be unique")
+                continue
+            seen[entry.name] = number
+            entries.append(entry)
     return entries, problems
 
 
@@ -192,17 +191,20 @@ def _label(raw: Any, number: int) -> str:
     return str(number)
 
 
-def _read_entry(raw: Any, path: Path) -> tuple[Entry | None, list[str]]:
+def _read_entry(raw: Any, path: Path) -> tuple[list[Entry], list[str]]:
+    """The tools of one entry (several of a `ToolSet`, none if something is wrong), and what is wrong."""
     if not isinstance(raw, Mapping):
-        return None, [f"expected a mapping, got {raw!r}"]
+        return [], [f"expected a mapping, got {raw!r}"]
     keys = (*_ENTRY_KEYS, *_POLICY_KEYS)
     problems = [f"unknown key '{key}'; {nearest(str(key), keys)}" for key in raw if key not in keys]
     policy, wrong = _policy({key: raw[key] for key in _POLICY_KEYS if key in raw}, _POLICY_KEYS)
     problems += wrong
     try:
-        return _entry(_make(raw, path.resolve().parent), policy), problems
+        made = _make(raw, path.resolve().parent)
+        tools = made.tools if isinstance(made, ToolSet) else [made]
+        return [_entry(tool, policy) for tool in tools], problems
     except ConfigError as error:
-        return None, [*problems, str(error)]
+        return [], [*problems, str(error)]
 
 
 def _policy(data: Mapping[str, Any], known: Iterable[str]) -> tuple[ToolPolicy, list[str]]:
@@ -229,7 +231,7 @@ def _policy(data: Mapping[str, Any], known: Iterable[str]) -> tuple[ToolPolicy, 
 
 
 def _make(raw: Mapping[str, Any], folder: Path) -> Any:
-    """The tool object of one entry."""
+    """The tool, or the set of tools, of one entry."""
     class_name, function = raw.get("class_name"), raw.get("function")
     if (class_name is None) == (function is None):
         raise ConfigError("give either 'class_name' or 'function'" + ("" if class_name is None else ", not both"))
@@ -251,7 +253,9 @@ def _make(raw: Mapping[str, Any], folder: Path) -> Any:
             return as_tool(found)
         return FunctionTool(getattr(found, "function", None) or getattr(found, "fn", found), schema=schema)
     cls = _import(SHIPPED.get(str(class_name), class_name), "class_name", folder)
-    if not isinstance(cls, type) or not hasattr(cls, "execute"):
+    if isinstance(cls, type) and issubclass(cls, ToolSet) and schema is not None:
+        raise ConfigError(f"key 'tool_schema': {class_name} makes several tools and has their schemas itself")
+    if not isinstance(cls, type) or not (hasattr(cls, "execute") or issubclass(cls, ToolSet)):
         raise ConfigError(f"key 'class_name': {class_name} is not a tool class")
     printed = io.StringIO()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,6 +10,10 @@ from agentloop.trajectory import CallRecord, Sample, ToolCall
 
 CANCEL_GRACE_S = 0.5
 """How long a cancelled tool may take to clean up before it is left behind."""
+
+current_session: contextvars.ContextVar[str | None] = contextvars.ContextVar("agentloop_tool_session", default=None)
+"""While tools are created: a name that all instances of one session see, and no other's. Tools that share something within a
+trajectory find each other by it. Not set where something else than a session creates tools (verl's loop)."""
 
 
 def give_up_at(deadline: float, now: float) -> float:
