@@ -56,6 +56,24 @@ def reward_extra_info(trajectory: Trajectory) -> dict[str, Any]:
     return info | {name: value for name, value in trajectory.reward.components.items() if name not in info}
 
 
+def token_rewards(trajectory: Trajectory) -> list[tuple[int, float]]:
+    """The reward as (place in the response, value), each place once; the values add up to `Reward.value`.
+
+    Each turn's own reward (`Reward.turns`) is on its last sampled token, all the rest on the last token of the response. verl's
+    outcome estimators (GRPO) sum over the response; `agentloop_turns` and GAE see the places. Empty for a masked trajectory.
+    """
+    if trajectory.masked or trajectory.reward is None:
+        return []
+    reward = trajectory.reward
+    placed: dict[int, float] = {}
+    for turn, value in zip(trajectory.turns, reward.turns, strict=False):
+        if value and turn.end > turn.start:
+            placed[turn.end - 1 - trajectory.prompt_len] = value
+    last = trajectory.response_len - 1
+    placed[last] = reward.value - sum(value for place, value in placed.items() if place != last)
+    return sorted(placed.items())
+
+
 def loop_metrics(trajectory: Trajectory) -> dict[str, float | int]:
     """The fields of verl's `AgentLoopMetrics`, in seconds; `num_preempted` is -1 where the engine does not tell."""
     told = [turn.engine_data for turn in trajectory.turns if isinstance(turn.engine_data, Mapping)]
@@ -110,8 +128,8 @@ def to_dataproto(
 
     - int64: `prompts` [B, P], padded left; `responses` and `response_mask` [B, R], padded right; `input_ids`,
       `attention_mask`, `position_ids` [B, P + R].
-    - float32 [B, R]: `rollout_log_probs` if every sampled token has one; `rm_scores`, the score on the last token of the
-      response, if every row that counts has a reward.
+    - float32 [B, R]: `rollout_log_probs` if every sampled token has one; `rm_scores` (see `token_rewards`) if every row that
+      counts has a reward.
     - int16 [B, P + R, layers, top-k]: `routed_experts`, if the engine recorded them.
     - columns: `__num_turns__` int32, `multi_modal_inputs`, `raw_prompt`, verl's extras, `end_reason`, every key of the
       rewards' extra info, and `uid`.
@@ -173,8 +191,9 @@ def to_dataproto(
     scored = all(trajectory.reward is not None for trajectory in trajectories if not trajectory.masked)
     if scored:
         rm_scores: NDArray[np.float32] = np.zeros((rows, response_length), dtype=np.float32)
-        values = [0.0 if t.masked or t.reward is None else t.reward.value for t in trajectories]
-        rm_scores[np.arange(rows), response_lens[:, 0] - 1] = values
+        for row, trajectory in enumerate(trajectories):
+            for place, value in token_rewards(trajectory):
+                rm_scores[row, place] = value
         tensors["rm_scores"] = rm_scores
 
     columns, reward_keys = _columns(trajectories)
@@ -264,8 +283,8 @@ def to_rows(trajectory: Trajectory) -> tuple[dict[str, Any], dict[str, Any]]:
     """The trajectory as one row of verl's V1 contract: `(fields, tag)`, to be put under `row_key`.
 
     Unpadded, with T tokens of which R are the response: int64 `prompts` [T - R], `responses`, `response_mask`, `loss_mask`
-    [R], `input_ids`, `position_ids` [T]; float32 [R] `rollout_log_probs` if recorded and `rm_scores` (the score on the last
-    token) if scored; int16 `routed_experts` [T, layers, top-k] if recorded. Beside them `num_turns`, `metrics`,
+    [R], `input_ids`, `position_ids` [T]; float32 [R] `rollout_log_probs` if recorded and `rm_scores` (see
+    `token_rewards`) if scored; int16 `routed_experts` [T, layers, top-k] if recorded. Beside them `num_turns`, `metrics`,
     `extra_fields`, `multi_modal_inputs`, and the dataset's own columns (`sample.fields`) with `uid`, `global_steps` and
     `session_id`. The tag is all integers but for `status`. A masked trajectory has no row: `LedgerError`.
     """
@@ -296,7 +315,8 @@ def to_rows(trajectory: Trajectory) -> tuple[dict[str, Any], dict[str, Any]]:
         fields["rollout_log_probs"] = torch.tensor(log_probs, dtype=torch.float32)
     if trajectory.reward is not None:
         fields["rm_scores"] = torch.zeros(trajectory.response_len, dtype=torch.float32)
-        fields["rm_scores"][-1] = trajectory.reward.value
+        for place, value in token_rewards(trajectory):
+            fields["rm_scores"][place] = value
     experts = routed_experts(trajectory)
     if experts is not None:
         fields["routed_experts"] = _aligned(experts, len(ids))

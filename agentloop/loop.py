@@ -507,7 +507,7 @@ class AgentLoop:
         value, components, info = (reward.value, reward.components, reward.info) if reward else (0.0, {}, {})
         if add:
             value += sum(from_tools.values())
-        return Reward(value, {**components, **from_tools}, info)
+        return Reward(value, {**components, **from_tools}, info, reward.turns if reward else ())
 
 
 __all__ = ["TRANSITIONS", "AgentLoop", "derive_seed", "print_transitions", "transition"]

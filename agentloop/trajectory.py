@@ -199,6 +199,8 @@ class Reward:
     components: dict[str, float] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     """Further things the reward wants recorded (the extracted answer, a verdict)."""
+    turns: tuple[float, ...] = ()
+    """What each turn brought, in order; part of `value`, not added to it. Empty: nothing is known of single turns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,7 +242,8 @@ def _build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | Non
             calls.setdefault(event["turn"], []).append(_call_record(event))
         elif kind == "reward":
             components = {name: _number(value) for name, value in event["components"].items()}
-            reward = Reward(_number(event["value"]), components, event["info"])
+            turn_rewards = tuple(_number(value) for value in event.get("turns", ()))
+            reward = Reward(_number(event["value"]), components, event["info"], turn_rewards)
         elif kind == "traj_end":
             end = event
     for turn in turns:

@@ -174,6 +174,8 @@ class JournalWriter:
         if trajectory.reward is not None:
             reward = trajectory.reward
             body = {"value": reward.value, "components": _copy(reward.components), "info": _copy(reward.info)}
+            if reward.turns:
+                body["turns"] = list(reward.turns)
             self._put(told, "reward", body)
         self._put(told, "traj_end", self._end(trajectory, told), everything=trajectory.segments)
         del self._told[trajectory]
