@@ -41,6 +41,11 @@ class Meter:
         self.wall_s = now - self._began
         self.cpu_s = process_time() - self._cpu
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that were asked and have neither been answered nor given up."""
+        return self._in_flight
+
     @contextlib.contextmanager
     def request(self, tokens: int) -> Iterator[None]:
         if not self._in_flight:

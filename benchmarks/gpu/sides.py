@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import io
 import os
-from collections.abc import Awaitable, Callable, Sequence
+import statistics
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from time import process_time
-from typing import Any
+from typing import Any, Literal
 
 from agentloop.config import Deadlines, LoopConfig
 from agentloop.engines.base import Engine, Sampling
 from agentloop.engines.local import LocalEngine
 from agentloop.errors import AgentloopError
+from agentloop.oversample import Batch, Oversampler
 from agentloop.rollout import Rollout
 from agentloop.trajectory import EndReason, Sample, Trajectory
 from benchmarks.gpu.meter import MeteredEngine
@@ -33,6 +35,7 @@ from benchmarks.gpu.trace import (
 
 PROMPT_LENGTH = 1024
 LONG_S = 3600.0
+Rest = Literal["abort", "carry"]
 
 Ask = Callable[[list[int], int, str], Awaitable[tuple[list[int], list[float], int]]]
 """(ids, tokens to sample, conversation) to (sampled ids, log-probabilities, cached tokens), with nothing in between."""
@@ -108,23 +111,44 @@ class Agentloop:
 
     async def run(self, conversations: Sequence[Conversation], salt: int) -> list[Trajectory]:
         """All of them at once. Raises `AgentloopError` unless each trajectory went as the trace says."""
+        async with self._looping(conversations, salt, 1) as (loop, samples):
+            groups = await Rollout(loop, max_concurrency=len(samples)).run(samples, step=salt)
+        trajectories = [trajectory for group in groups for trajectory in group]
+        check(zip(conversations, trajectories, strict=True))
+        return trajectories
+
+    async def oversampled(
+        self, conversations: Sequence[Conversation], salt: int, *, size: int, groups: int, rest: Rest, batches: int = 1
+    ) -> list[Batch]:
+        """The conversations in groups of `size`, and `batches` times the first `groups` complete ones, which are checked
+        against the trace as in `run`. What was carried over is cancelled at the end."""
+        asked = len(conversations) // size
+        async with self._looping(conversations, salt, size) as (loop, samples):
+            rollout, supply = Rollout(loop, max_concurrency=len(conversations)), iter(samples)
+            ratio = (asked - groups * (batches - 1)) / groups
+            async with Oversampler(rollout, size, ratio=ratio, rest=rest) as oversampler:
+                made = [await oversampler.batch(supply, groups, step=salt * 100 + i) for i in range(batches)]
+        kept = [trajectory for batch in made for group in batch.groups for trajectory in group]
+        check((conversations[int(t.sample.uid) * size + t.sibling], t) for t in kept)
+        return made
+
+    @contextlib.asynccontextmanager
+    async def _looping(
+        self, conversations: Sequence[Conversation], salt: int, size: int
+    ) -> AsyncIterator[tuple[TracedLoop, list[Sample]]]:
+        """A loop with a journal, and a sample for each `size` conversations. Raises `AgentloopError` if the journal failed."""
         from agentloop.journal import JournalWriter
 
         with JournalWriter(self._journal, f"{self._name}-{salt}", decode=self._decode, generation=1) as journal:
             loop = TracedLoop(
                 self._engine, self.renderer, self._parser, tools=self.registry, config=self._config, recorder=journal
             )
-            loop.conversations = {str(c.index): c for c in conversations}
-            samples = [Sample(messages=messages(c, salt), uid=str(c.index)) for c in conversations]
-            groups = await Rollout(loop, max_concurrency=len(samples)).run(samples, step=salt)
+            loop.salt = salt
+            loop.conversations = {(str(i // size), i % size): c for i, c in enumerate(conversations)}
+            yield loop, [Sample(messages=[], uid=str(i)) for i in range(len(conversations) // size)]
             await asyncio.to_thread(journal.flush)
         if journal.errors:
             raise AgentloopError(f"the journal has {journal.errors} errors")
-        trajectories = [trajectory for group in groups for trajectory in group]
-        for conversation, trajectory in zip(conversations, trajectories, strict=True):
-            if trajectory.end_reason is not EndReason.FINAL_ANSWER or trajectory.sampled_len != conversation.tokens:
-                raise AgentloopError(f"trajectory {trajectory.id}: {trajectory.end_reason} {trajectory.error}, not the trace")
-        return trajectories
 
     def batch(self, trajectories: Sequence[Trajectory]) -> Any:
         """verl's `DataProto`, as the trainer gets it."""
@@ -136,6 +160,19 @@ class Agentloop:
             response_length=self._response_length,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+
+
+def check(pairs: Iterable[tuple[Conversation, Trajectory]]) -> None:
+    for conversation, trajectory in pairs:
+        if trajectory.end_reason is not EndReason.FINAL_ANSWER or trajectory.sampled_len != conversation.tokens:
+            raise AgentloopError(f"trajectory {trajectory.id}: {trajectory.end_reason} {trajectory.error}, not the trace")
+
+
+def bias(kept: Sequence[Trajectory], conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """How much shorter the kept trajectories are than all that were asked for: means of tokens and turns, kept over asked."""
+    tokens = statistics.mean(t.sampled_len for t in kept) / statistics.mean(c.tokens for c in conversations)
+    turns = statistics.mean(len(t.turns) for t in kept) / statistics.mean(len(c.turns) for c in conversations)
+    return {"kept_tokens": sum(t.sampled_len for t in kept), "length_bias": round(tokens, 4), "turns_bias": round(turns, 4)}
 
 
 def reuse(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
@@ -160,9 +197,15 @@ def agentloop_side(engine: Engine, model: Path, journal: Path, response_length: 
 
     async def run(work: dict[str, Any]) -> dict[str, Any]:
         cpu = process_time()
-        trajectories = await side.run(work["conversations"], work["salt"])
+        conversations, more = work["conversations"], {}
+        if "oversampled" in work:
+            (made,) = await side.oversampled(conversations, work["salt"], **work["oversampled"])
+            trajectories = [trajectory for group in made.groups for trajectory in group]
+            more = {"aborted_groups": len(made.aborted), **bias(trajectories, conversations)}
+        else:
+            trajectories = await side.run(conversations, work["salt"])
         batch = side.batch(trajectories)
-        return {"cpu_s": process_time() - cpu, "sampled_tokens": int(batch.batch["response_mask"].sum())}
+        return {"cpu_s": process_time() - cpu, "sampled_tokens": int(batch.batch["response_mask"].sum()), "more": more}
 
     return run
 

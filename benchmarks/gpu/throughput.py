@@ -1,6 +1,6 @@
 """Multi-turn rollouts beside the raw engine and beside verl's `ToolAgentLoop`: one engine, one trace, one run.
 
-`python -m benchmarks.gpu.throughput [--only raw|verl|cache] [--trajectories N] [--scale S] [--budget-s SECONDS]`
+`python -m benchmarks.gpu.throughput [--only raw|verl|cache|tail|burst] [--trajectories N] [--scale S] [--budget-s SECONDS]`
 
 A model of Qwen3-8B's shape with random weights serves 256 conversations of up to 8 turns from a seeded trace
 (`benchmarks/gpu/trace.py`), with tools that answer at once and with log-normal delays. The sides take turns:
@@ -9,6 +9,11 @@ A model of Qwen3-8B's shape with random weights serves 256 conversations of up t
 - verl: agentloop in one process and verl's `AgentLoopWorker` in 1, 4 and 8 (its default), each from the prompts to the padded
   batch, all through the same socket to the engine (`benchmarks/gpu/wire.py`).
 - cache: what share of the tokens of the turns before was found in the prefix cache, in agentloop's passes.
+- tail (by name only): groups of 8 with delays, waiting for all of them, and with over-sampling: 1.25 times as many groups are
+  asked, and the first complete ones make the batch; the rest is aborted or carried over.
+- burst (by name only): 4,096 short conversations submitted at once.
+
+Over-sampling also runs beside verl, and is labelled as such: its work is another one than verl's, the shorter conversations.
 
 Every side's figures are written as soon as it has run; no side is started that would go beyond the budget. Exits with 3 where
 SGLang or a GPU is missing. `--engine local` runs all of it on a CPU with a tiny model, which proves the code and no speed.
@@ -21,11 +26,11 @@ import asyncio
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,13 +39,14 @@ from agentloop.chat import load_renderer
 from agentloop.engines.base import Engine
 from agentloop.errors import AgentloopError, ConfigError
 from agentloop.tools import ToolRegistry
-from agentloop.trajectory import Trajectory
+from agentloop.trajectory import EndReason, Trajectory
 from benchmarks.gpu.meter import GpuWatch, Meter, MeteredEngine
 from benchmarks.gpu.models import QWEN3_8B, TINY, random_model, write_model
-from benchmarks.gpu.sides import Agentloop, bare_loop, reuse
-from benchmarks.gpu.trace import TOOLS, Conversation, instant, make_trace, record, shortened
+from benchmarks.gpu.sides import Agentloop, Rest, bare_loop, bias, reuse
+from benchmarks.gpu.throughput_aims import aims, quickest
+from benchmarks.gpu.trace import TOOLS, Conversation, Python, instant, make_trace, record, shortened
 from benchmarks.gpu.wire import Worker, Workers
-from benchmarks.report import RESULTS, Aim, report, save
+from benchmarks.report import RESULTS, report, save
 
 SETTINGS: dict[str, Any] = {
     "load_format": "dummy",
@@ -51,6 +57,10 @@ SETTINGS: dict[str, Any] = {
     "disable_piecewise_cuda_graph": True,
     "log_level": "warning",
 }
+RATIO = 1.25
+"""Groups that over-sampling asks for, over those that make a batch."""
+BURST, BURST_SCALE = 4096, 0.25
+"""Conversations of the burst, and their tokens over the trace's."""
 VERLS_DEFAULT = 8
 """`actor_rollout_ref.rollout.agent.num_workers`."""
 WORKERS_READY_S = 240.0
@@ -91,11 +101,13 @@ class Bench:
         )
         self.model = folder / "model"
         write_model(self.model, QWEN3_8B if args.engine == "sglang" else TINY)
-        with_delays = make_trace(args.trajectories, seed=args.seed, scale=args.scale)
+        self.asked = make_trace(round(RATIO * args.trajectories / args.group) * args.group, seed=args.seed, scale=args.scale)
+        """For over-sampling; the trace is the first of them."""
+        with_delays = self.asked[: args.trajectories]
         self.traces = {"instant": instant(with_delays), "delays": with_delays}
         self.planned = sum(conversation.tokens for conversation in with_delays)
         self._schemas = ToolRegistry.load(str(TOOLS), None).schemas
-        self.response_length = self._response_length(with_delays)
+        self.response_length = self._response_length(self.asked)
         self.salt = 0
         self.gpu = GpuWatch()
         self._processes: dict[str, list[subprocess.Popen[bytes]]] = {}
@@ -115,6 +127,11 @@ class Bench:
                 "response_length": self.response_length,
             },
         }
+
+    @property
+    def groups(self) -> int:
+        """Of siblings, in the trace."""
+        return int(self.args.trajectories // self.args.group)
 
     @property
     def longest_delays_s(self) -> float:
@@ -148,9 +165,17 @@ class Bench:
         return max(walls, default=0.0) + (self.longest_delays_s if delays == "delays" else 0.0)
 
     async def side(
-        self, part: str, delays: str, name: str, run: Callable[[int], Awaitable[dict[str, Any]]], engine: MeteredEngine
+        self,
+        part: str,
+        delays: str,
+        name: str,
+        run: Callable[[int], Awaitable[dict[str, Any]]],
+        engine: MeteredEngine,
+        *,
+        planned: int | None = None,
     ) -> None:
-        """Run one side and keep its figures; one that fails or comes too late is noted, and the next one follows."""
+        """Run one side and keep its figures; one that fails or comes too late is noted, and the next one follows. `planned`:
+        tokens that it must sample, by default the trace's, 0 if nobody can tell."""
         label, left = f"{part}/{delays}/{name}", self.args.budget_s - (perf_counter() - self.began)
         if self.expected_s(delays) > left:
             self.figures.setdefault("not_run", {})[label] = f"{max(left, 0):.0f} s were left of the budget"
@@ -171,8 +196,9 @@ class Bench:
             return
         meter.stop()
         figures = {**meter.figures(), "gpu_idle_share": self.gpu.idle_share(), **more}
-        if meter.sampled_tokens != self.planned:
-            figures["unequal_work"] = f"{meter.sampled_tokens} tokens were sampled, the trace has {self.planned}"
+        planned = self.planned if planned is None else planned
+        if planned and meter.sampled_tokens != planned:
+            figures["unequal_work"] = f"{meter.sampled_tokens} tokens were sampled, the trace has {planned}"
         cache = figures.pop("cache", None)
         self.figures.setdefault(part, {}).setdefault(delays, {}).setdefault(name, []).append(figures)
         if cache is not None:
@@ -207,28 +233,108 @@ class Bench:
         await self.in_processes(engine, "instant", "agentloop", 1)
         for count in (default, *others):
             await self.in_processes(engine, "instant", "verl", count)
-        await self.in_processes(engine, "delays", "agentloop", 1)
-        await self.in_processes(engine, "delays", "verl", default)
         best = quickest(self.figures.get("verl", {}).get("instant", {}))
-        if best is not None and best != f"verl_{default}_workers":
-            await self.in_processes(engine, "delays", "verl", int(best.split("_")[1]))
+        at_best = default if best is None else int(best.split("_")[1])
+        await self.in_processes(engine, "delays", "verl", at_best)
+        await self.in_processes(engine, "delays", "agentloop", 1)
+        await self.in_processes(engine, "delays", "agentloop", 1, oversampled=True)
+        if at_best != default:
+            await self.in_processes(engine, "delays", "verl", default)
+        for _ in range(self.args.repeats - 1):
+            await self.in_processes(engine, "instant", "verl", at_best)
+            await self.in_processes(engine, "instant", "agentloop", 1)
 
-    async def in_processes(self, engine: MeteredEngine, delays: str, kind: str, count: int) -> None:
-        trace = self.traces[delays]
+    async def in_processes(
+        self, engine: MeteredEngine, delays: str, kind: str, count: int, *, oversampled: bool = False
+    ) -> None:
+        trace = self.asked if oversampled else self.traces[delays]
         name = "agentloop" if kind == "agentloop" else f"verl_{count}_workers"
+        more = {"oversampled": {"size": self.args.group, "groups": self.groups, "rest": "abort"}} if oversampled else {}
         shares = [trace[len(trace) * i // count : len(trace) * (i + 1) // count] for i in range(count)]
 
         async def together(salt: int) -> dict[str, Any]:
             taken = self._taken[kind][:count]
-            work = [{"conversations": share, "salt": salt} for share in shares]
+            work = [{"conversations": share, "salt": salt, **more} for share in shares]
             results = await asyncio.gather(*(worker.run(part) for worker, part in zip(taken, work, strict=True)))
             return {
                 "processes": count,
                 "host_cpu_s": round(sum(result["cpu_s"] for result in results), 3),
                 "batch_sampled_tokens": sum(result["sampled_tokens"] for result in results),
+                **results[0].get("more", {}),
             }
 
-        await self.side("verl", delays, name, together, engine)
+        if oversampled:
+            await self.side("verl", delays, "agentloop_oversampled", together, engine, planned=0)
+        else:
+            await self.side("verl", delays, name, together, engine)
+
+    # -- the long tail, and a burst -------------------------------------------------------------------------------------
+
+    async def long_tail(self, engine: MeteredEngine, ours: Agentloop) -> None:
+        """Waiting for all groups, and over-sampling. After each: what is left in the engine, of calls, of tools' instances."""
+        batches = 2
+
+        async def left(started: Engine) -> dict[str, Any]:
+            running = getattr(started, "running", 0)
+            in_engine = await running() if callable(running) else running
+            return {"left": {"requests": engine.meter.in_flight + in_engine, "calls": Python.running, "tools": Python.held}}
+
+        async def all_of_them(salt: int) -> dict[str, Any]:
+            await ours.run(self.traces["delays"], salt)
+            return await left(engine.engine)
+
+        async def first_ones(salt: int, rest: Rest, batches: int) -> dict[str, Any]:
+            asked = make_trace(self._asked_for(batches), seed=self.args.seed, scale=self.args.scale)
+            began = perf_counter()
+            made = await ours.oversampled(asked, salt, size=self.args.group, groups=self.groups, rest=rest, batches=batches)
+            kept = [trajectory for batch in made for group in batch.groups for trajectory in group]
+            return {
+                "batches": batches,
+                "batch_s": round((perf_counter() - began) / batches, 3),
+                "aborted_groups": sum(len(batch.aborted) for batch in made),
+                "carried_groups": [batch.carried for batch in made],
+                **bias(kept, asked),
+                **await left(engine.engine),
+            }
+
+        await self.side("tail", "delays", "all", all_of_them, engine)
+        await self.side("tail", "delays", "abort", partial(first_ones, rest="abort", batches=1), engine, planned=0)
+        await self.side("tail", "delays", "carry", partial(first_ones, rest="carry", batches=batches), engine, planned=0)
+
+    def _asked_for(self, batches: int) -> int:
+        """Conversations that `batches` batches need at most."""
+        return int((self.groups * (batches - 1) + round(RATIO * self.groups)) * self.args.group)
+
+    async def burst(self, engine: MeteredEngine, ours: Agentloop) -> None:
+        """Thousands at once: that none fails, how much memory this process takes, and how long the last one takes."""
+        import psutil
+
+        trace = instant(make_trace(self.args.burst, seed=self.args.seed, scale=BURST_SCALE * self.args.scale))
+        process, peak = psutil.Process(), 0
+
+        async def watch() -> None:
+            nonlocal peak
+            while True:
+                peak = max(peak, process.memory_info().rss)
+                await asyncio.sleep(0.1)
+
+        async def at_once(salt: int) -> dict[str, Any]:
+            before = process.memory_info().rss
+            watching = asyncio.create_task(watch())
+            try:
+                trajectories = await ours.run(trace, salt)
+            finally:
+                watching.cancel()
+            return {
+                "conversations": len(trajectories),
+                "turns": sum(len(t.turns) for t in trajectories),
+                "failed": sum(t.end_reason is not EndReason.FINAL_ANSWER for t in trajectories),
+                "rss_before_mib": before >> 20,
+                "rss_peak_mib": peak >> 20,
+                "kib_a_trajectory": round((peak - before) / 1024 / len(trajectories), 1),
+            }
+
+        await self.side("burst", "instant", "agentloop", at_once, engine, planned=sum(c.tokens for c in trace))
 
     async def warm_workers(self, workers: Workers) -> None:
         """Wait for them, and let each run a few conversations. Raises `AgentloopError` if one does not."""
@@ -299,9 +405,13 @@ class Bench:
                 await self.beside_raw(engine, ours, "instant", repeats=self.args.repeats, bare=True)
             if self._taken:
                 await self.beside_verl(engine)
+            if only == "tail":
+                await self.long_tail(engine, ours)
+            if only == "burst":
+                await self.burst(engine, ours)
             if only == "cache":
                 await self.beside_raw(engine, ours, "instant", repeats=1, bare=False)
-            if only != "verl":
+            if only in (None, "raw", "cache"):
                 await self.beside_raw(engine, ours, "delays", repeats=1, bare=only != "cache")
         finally:
             workers.close()
@@ -309,44 +419,16 @@ class Bench:
             await started.close()
 
 
-def quickest(sides: dict[str, list[dict[str, Any]]]) -> str | None:
-    """The name of verl's side that took the least time."""
-    walls = {name: runs[0]["wall_s"] for name, runs in sides.items() if name.startswith("verl_") and runs}
-    return min(walls, key=lambda name: walls[name]) if walls else None
-
-
-def aims(figures: dict[str, Any]) -> list[Aim]:
-    """Of what ran."""
-    found = []
-    for delays, words in (("instant", "instant tools"), ("delays", "tools with delays")):
-        raw = figures.get("raw", {}).get(delays, {})
-        if raw.get("agentloop") and raw.get("bare_loop"):
-            rate = {name: statistics.median(side["tokens_per_s"] for side in sides) for name, sides in raw.items()}
-            share = rate["agentloop"] / rate["bare_loop"]
-            found.append(Aim(f"tokens/s over the bare loop's, {words}", round(share, 4), "at least 0.97", share >= 0.97))
-        sides = figures.get("verl", {}).get(delays, {})
-        best = quickest(sides)
-        if best is not None and sides.get("agentloop"):
-            mine, theirs = sides["agentloop"][0], sides[best][0]
-            time, cpu = mine["wall_s"] / theirs["wall_s"], mine["host_cpu_s"] / theirs["host_cpu_s"]
-            found += [
-                Aim(f"wall time over verl's at its best ({best}), {words}", round(time, 4), "at most 1", time <= 1),
-                Aim(f"host CPU over verl's at its best ({best}), {words}", round(cpu, 4), "at most 0.5", cpu <= 0.5),
-            ]
-        shares = [cache["share"] for cache in figures.get("prefix_cache", {}).get(delays, []) if cache["share"] is not None]
-        if shares:
-            found.append(Aim(f"cached tokens over the ideal, {words}", min(shares), "at least 0.99", min(shares) >= 0.99))
-    return found
-
-
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Throughput of multi-turn rollouts.")
-    parser.add_argument("--only", choices=["raw", "verl", "cache"], help="one comparison instead of all")
+    parser.add_argument("--only", choices=["raw", "verl", "cache", "tail", "burst"], help="one comparison")
     parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
     parser.add_argument("--trajectories", type=int, default=256)
+    parser.add_argument("--group", type=int, default=8, help="siblings of a group, for over-sampling")
+    parser.add_argument("--burst", type=int, default=BURST, help="conversations of the burst")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the trace's tokens and delays")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=2, help="passes of each side beside the raw engine, instant tools")
+    parser.add_argument("--repeats", type=int, default=2, help="passes of each side, instant tools")
     parser.add_argument(
         "--workers",
         type=lambda text: [int(part) for part in text.split(",")],
@@ -356,6 +438,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=300.0, help="no side starts that would end later than this")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --engine local runs/throughput")
     args = parser.parse_args(argv)
+    if args.trajectories < args.group or args.trajectories % args.group:
+        parser.error(f"--trajectories must be a multiple of --group ({args.group}), not {args.trajectories}")
     if args.results is None:
         args.results = RESULTS if args.engine == "sglang" else Path("runs/throughput")
     return args

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -182,13 +182,17 @@ CURRENT: ContextVar[Replay] = ContextVar("CURRENT")
 
 
 class TracedLoop(AgentLoop):
-    """`AgentLoop`, which notes the conversation that a task replays; a sample's uid is the conversation's index."""
+    """`AgentLoop`, which gives each sibling of a group the conversation that it replays, with that one's own question."""
 
-    conversations: dict[str, Conversation]
+    conversations: dict[tuple[str, int], Conversation]
+    """By uid and sibling."""
+    salt: int
 
-    async def run(self, sample: Sample, **kwargs: Any) -> Trajectory:
-        CURRENT.set(Replay(self.conversations[sample.uid]))
-        return await super().run(sample, **kwargs)
+    async def run(self, sample: Sample, *, sibling: int = 0, **kwargs: Any) -> Trajectory:
+        conversation = self.conversations[sample.uid, sibling]
+        CURRENT.set(Replay(conversation))
+        sample = replace(sample, messages=messages(conversation, self.salt))
+        return await super().run(sample, sibling=sibling, **kwargs)
 
 
 class TracedEngine(Engine):
@@ -234,11 +238,27 @@ class Python(BaseTool):
 
     name = "python"
     Arguments = TracedArguments
+    running: ClassVar[int] = 0
+    """Calls under way in this process, of all traced tools."""
+    held: ClassVar[int] = 0
+    """Instances created and not released."""
+
+    async def create(self, instance_id: str | None = None, **kwargs: Any) -> Any:
+        Python.held += 1
+        return await super().create(instance_id, **kwargs)
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> str:
-        if parameters["seconds"]:
-            await asyncio.sleep(parameters["seconds"])
-        return words(parameters["words"])
+        Python.running += 1
+        try:
+            if parameters["seconds"]:
+                await asyncio.sleep(parameters["seconds"])
+            return words(parameters["words"])
+        finally:
+            Python.running -= 1
+
+    async def release(self, instance_id: str, **kwargs: Any) -> None:
+        Python.held -= 1
+        await super().release(instance_id, **kwargs)
 
 
 class Calculator(Python):

@@ -14,10 +14,11 @@ import pytest
 from benchmarks.gpu import throughput
 from benchmarks.gpu.meter import Meter
 from benchmarks.gpu.models import TINY, write_model
-from benchmarks.gpu.throughput import Bench, aims, arguments, main
+from benchmarks.gpu.throughput import Bench, arguments, main
+from benchmarks.gpu.throughput_aims import aims
 from benchmarks.gpu.trace import DELAY_TAIL_S, MAX_TURNS, instant, make_trace, messages, record, shortened, words
 
-SMALL = ["--engine", "local", "--trajectories", "6", "--scale", "0.05", "--repeats", "1"]
+SMALL = ["--engine", "local", "--trajectories", "6", "--group", "2", "--scale", "0.05", "--repeats", "1"]
 
 
 def test_a_trace_is_the_same_for_the_same_seed_and_its_first_conversations_for_every_count() -> None:
@@ -119,12 +120,36 @@ def test_a_side_that_fails_is_noted_and_the_others_run(tmp_path: Path, monkeypat
     assert figures["raw"]["instant"]["agentloop"] and "bare_loop" not in figures["raw"]["instant"]
 
 
+def test_over_sampling_leaves_nothing_behind_and_says_what_it_left_out(tmp_path: Path) -> None:
+    figures = run(tmp_path, "--only", "tail", "--trajectories", "8")["figures"]
+    assert "not_run" not in figures
+    tail = {name: sides[0] for name, sides in figures["tail"]["delays"].items()}
+    assert set(tail) == {"all", "abort", "carry"}
+    assert all(side["left"] == {"requests": 0, "calls": 0, "tools": 0} for side in tail.values())
+    assert tail["abort"]["aborted_groups"] == 1 and tail["carry"]["carried_groups"][0] == 1
+    assert 0.3 < tail["abort"]["length_bias"] < 1.5
+
+
+def test_a_burst_counts_what_failed_and_what_it_took(tmp_path: Path) -> None:
+    figures = run(tmp_path, "--only", "burst", "--burst", "24")["figures"]
+    (side,) = figures["burst"]["instant"]["agentloop"]
+    assert side["conversations"] == 24 and side["failed"] == 0 and side["rss_peak_mib"] >= side["rss_before_mib"]
+
+
+def test_trajectories_that_make_no_whole_groups_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments(["--trajectories", "12"])
+    assert "--trajectories must be a multiple of --group (8), not 12" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_verls_workers_do_the_same_work_through_the_same_engine(tmp_path: Path) -> None:
     result = run(tmp_path, "--only", "verl", "--workers", "2,1", "--budget-s", "300")
     figures = result["figures"]
     assert "not_run" not in figures
     assert set(figures["verl"]["instant"]) == {"agentloop", "verl_2_workers", "verl_1_workers"}
+    kept = figures["verl"]["delays"].pop("agentloop_oversampled")[0]
+    assert kept["aborted_groups"] == 1 and kept["kept_tokens"] == kept["batch_sampled_tokens"]
     for sides in figures["verl"].values():
         for (side,) in sides.values():
             assert side["batch_sampled_tokens"] == side["sampled_tokens"] == figures["trace"]["sampled_tokens"]
