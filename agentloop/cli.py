@@ -19,6 +19,7 @@ _COMMANDS = {
     "ls": ("agentloop.commands.journal", "ls"),
     "show": ("agentloop.commands.journal", "show"),
     "stats": ("agentloop.commands.journal", "stats"),
+    "logprobs": ("agentloop.commands.logprobs", "logprobs"),
     "export": ("agentloop.commands.journal", "export"),
 }
 _CONTEXT = {"train": {"allow_extra_args": True, "ignore_unknown_options": True}}

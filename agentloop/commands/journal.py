@@ -32,7 +32,7 @@ def ls(
     partition: PartitionOption = None,
 ) -> None:
     """List the runs under ./runs, the steps of a run, or the trajectories of a step."""
-    console = _console()
+    console = new_console()
     if run is None:
         _list_runs(console)
         return
@@ -81,7 +81,7 @@ def show(
     if sum([id is not None, best, worst]) > 1:
         raise ConfigError("agentloop show: give one of ID, --best and --worst")
     opened, rows = _rows(run, step, partition)
-    console = _console()
+    console = new_console()
     if id is not None:
         row = _named(opened, rows, id)
     elif not rows:
@@ -114,7 +114,7 @@ def stats(
     if as_json:
         typer.echo(json.dumps({"run": str(opened.path), "steps": found}))
         return
-    console = _console()
+    console = new_console()
     table(
         console,
         ["partition", "step", "reward", "min", "max", "generate p50/p95 s", "trajectory p50/p95 s", "ended"],
@@ -206,16 +206,22 @@ def _rows(name: str, step: int | None, partition: str | None) -> tuple[Run, list
     """The run, and its trajectories of a step and partition; `ConfigError` if there is no such step."""
     if partition is not None and partition not in PARTITIONS:
         raise ConfigError(f"--partition: no partition '{partition}'; {nearest(partition, PARTITIONS)}")
-    run = _open(name)
+    run = open_run(name)
+    return run, rows_of(run, step, partition)
+
+
+def rows_of(run: Run, step: int | None, partition: str | None) -> list[Row]:
+    """A run's trajectories of a step and partition; `ConfigError` if there is no such step."""
     rows = list(run.trajectories(partition, step))
     if step is not None and not rows:
         steps = sorted({place.step for place in run.steps() if partition in (None, place.partition)})
         there = f"it has steps {steps[0]} to {steps[-1]}" if steps else "nothing is recorded yet"
         raise ConfigError(f"{run.path}: no trajectories of step {step}; {there}")
-    return run, rows
+    return rows
 
 
-def _open(name: str) -> Run:
+def open_run(name: str) -> Run:
+    """The run in a folder or under `./runs`; `ConfigError` with the nearest one if there is none."""
     path = Path(name)
     if not path.exists() and len(path.parts) == 1:
         if name not in run_names(RUNS):
@@ -247,5 +253,5 @@ def _pair(quantiles: dict[str, float | None]) -> str:
     return f"{_number(quantiles['p50'])} / {_number(quantiles['p95'])}"
 
 
-def _console() -> Console:
+def new_console() -> Console:
     return Console(highlight=False, soft_wrap=False)

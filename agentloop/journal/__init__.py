@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from agentloop.journal.reader import Run as Run
     from agentloop.journal.recorded import RecordedTrajectory as RecordedTrajectory
     from agentloop.journal.recorded import Row as Row
+    from agentloop.journal.train_side import TrainedTrajectory as TrainedTrajectory
+    from agentloop.journal.train_side import TrainSide as TrainSide
     from agentloop.journal.writer import JournalWriter as JournalWriter
 
 _HOMES = {
@@ -25,6 +27,8 @@ _HOMES = {
     "Recorder": "base",
     "Row": "recorded",
     "Run": "reader",
+    "TrainSide": "train_side",
+    "TrainedTrajectory": "train_side",
     "next_generation": "meta",
     "token_bytes": "pieces",
 }

@@ -23,6 +23,7 @@ from agentloop.journal.format import (
 from agentloop.journal.index import RawRow, Rows, read_rows
 from agentloop.journal.meta import read_run
 from agentloop.journal.recorded import RecordedTrajectory, Row, build
+from agentloop.journal.train_side import TrainSide, TrainSideIndex, check_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Problem:
 
     kind: str
     """`torn_tail` (a writer was killed within a line; nothing that was finished is concerned), `bad_line` (the same,
-    before the writer was started again) or `damaged` (a trajectory whose tokens cannot be trusted)."""
+    before the writer was started again) or `damaged` (a trajectory whose tokens cannot be trusted, or
+    a file of the train side)."""
     file: Path
     what: str
 
@@ -49,6 +51,7 @@ class Run:
         if not is_run(self.path):
             raise ConfigError(f"{self.path}: no run here; {nearest(self.path.name, run_names(self.path.parent))}")
         self._cache: dict[Path, Rows] = {}
+        self._train_side = TrainSideIndex(self.path)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -82,8 +85,14 @@ class Run:
         row = trajectory if isinstance(trajectory, Row) else self._find(trajectory, step, partition)
         return build(row, _read_events(row), sibling_path(row.file, TOKENS_SUFFIX) if tokens else None)
 
+    def train_side(self, step: int) -> TrainSide:
+        """What the trainer computed for the training trajectories of a step of the journal, joined with their records, and
+        how many of how many have arrived. Empty without `agentloop.train_side`. Raises `JournalError` if a file is damaged.
+        """
+        return self._train_side.of(self, step)
+
     def verify(self) -> list[Problem]:
-        """Read every event and every frame, superseded ones included, and tell what is wrong."""
+        """Read every event and every frame, superseded ones included, and the train side, and tell what is wrong."""
         problems = []
         for place in self.steps():
             for path, name in self._files(place):
@@ -96,6 +105,11 @@ class Run:
                         self.load(_row(raw, place, name, path))
                     except JournalError as error:
                         problems.append(Problem("damaged", path, str(error)))
+        for path in self._train_side.files():
+            try:
+                check_file(path)
+            except JournalError as error:
+                problems.append(Problem("damaged", path, str(error)))
         return problems
 
     def rebuild_indexes(self) -> int:

@@ -27,6 +27,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 
 from agentloop.batch import blank, extra_fields, loop_metrics, num_turns, reward_extra_info, routed_experts
 from agentloop.data.rows import content_key, sample_from_row
+from agentloop.errors import ConfigError
 from agentloop.loop import AgentLoop
 from agentloop.trajectory import Trajectory
 from agentloop.verl.client import VerlEngine
@@ -39,6 +40,11 @@ class Process:
 
     def __init__(self, config: Any, llm_client: Any, tokenizer: Any, reward_handles: Any) -> None:
         self.settings: RolloutSettings = read_settings(config)
+        if self.settings.train_side:
+            raise ConfigError(
+                "agentloop: key 'train_side' needs our manager in the trainer's process "
+                "(actor_rollout_ref.rollout.agent.agent_loop_manager_class=agentloop.verl.AgentLoopManager)"
+            )
         self.journal: Any = None
         if self.settings.journal:
             from agentloop.journal import JournalWriter, next_generation, token_bytes

@@ -72,6 +72,10 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         self.use_v1 = bool(config.trainer.get("use_v1", True))
         if not self.use_v1:
             self._keep_fillers_out(config)
+        if self.settings.train_side:
+            from agentloop.verl.train_side import check_trainer
+
+            check_trainer(config)
         self.fleet: Fleet
 
     @classmethod
@@ -87,6 +91,10 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
             from agentloop.journal import next_generation
 
             generation = next_generation(self.settings.run_dir)
+            if self.settings.train_side:
+                from agentloop.verl.train_side import TrainSideWriter, install
+
+                install(self.config, TrainSideWriter(self.settings.run_dir, generation))
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
         actors = []
         for index in range(self.settings.num_workers):
@@ -153,6 +161,10 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
                 f"the first ended as {trajectories[0].end_reason}: {trajectories[0].error}"
             )
         output = self._padded(trajectories, prompts)
+        if self.settings.train_side and not validate:
+            from agentloop.verl.train_side import add_row_keys
+
+            add_row_keys(output, trajectories)
         timing = self._performance_metrics([output.meta_info.pop("metrics")], output)
         output.meta_info["timing"] = {**timing, **metrics(summaries)}
         return output

@@ -39,6 +39,8 @@ class Section(Strict):
     run_dir: str | None = None
     """The journal's folder. Default: `runs/<trainer.experiment_name>`."""
     journal: bool = True
+    train_side: bool = False
+    """Write down what the trainer computes for each trajectory too (`agentloop.verl.train_side`)."""
     seed: int | None = None
     """What the request seeds derive from. Default: `data.seed`, else 0."""
     parser: str | None = None
@@ -76,6 +78,7 @@ class RolloutSettings(Strict):
     run_dir: str
     """Absolute."""
     journal: bool
+    train_side: bool
     max_concurrency: int
     progress: bool
     num_workers: int
@@ -104,6 +107,8 @@ def read_settings(config: Any) -> RolloutSettings:
     val = rollout.get("val_kwargs") or {}
     run_dir = section.run_dir or f"runs/{trainer.get('experiment_name') or 'run'}"
     seed = section.seed if section.seed is not None else data.get("seed")
+    if section.train_side and not section.journal:
+        raise ConfigError("agentloop: key 'train_side' is true and 'journal' false, and it is written beside the journal")
     return RolloutSettings(
         loop=_loop(section.loop, rollout, multi_turn),
         train=_sampling(rollout, rollout),
@@ -121,6 +126,7 @@ def read_settings(config: Any) -> RolloutSettings:
         seed=0 if seed is None else int(seed),
         run_dir=str(Path(run_dir).expanduser().absolute()),
         journal=section.journal,
+        train_side=section.train_side,
         max_concurrency=section.max_concurrency,
         progress=section.progress,
         num_workers=int((rollout.get("agent") or {}).get("num_workers", 1)),
