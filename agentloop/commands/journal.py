@@ -207,17 +207,12 @@ def _rows(name: str, step: int | None, partition: str | None) -> tuple[Run, list
     if partition is not None and partition not in PARTITIONS:
         raise ConfigError(f"--partition: no partition '{partition}'; {nearest(partition, PARTITIONS)}")
     run = open_run(name)
-    return run, rows_of(run, step, partition)
-
-
-def rows_of(run: Run, step: int | None, partition: str | None) -> list[Row]:
-    """A run's trajectories of a step and partition; `ConfigError` if there is no such step."""
     rows = list(run.trajectories(partition, step))
     if step is not None and not rows:
         steps = sorted({place.step for place in run.steps() if partition in (None, place.partition)})
         there = f"it has steps {steps[0]} to {steps[-1]}" if steps else "nothing is recorded yet"
         raise ConfigError(f"{run.path}: no trajectories of step {step}; {there}")
-    return rows
+    return run, rows
 
 
 def open_run(name: str) -> Run:

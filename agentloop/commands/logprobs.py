@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agentloop.commands.journal import RunArgument, StepOption, new_console, open_run, rows_of
+from agentloop.commands.journal import RunArgument, new_console, open_run
 from agentloop.errors import ConfigError
 from agentloop.journal.logprobs import run_logprobs
 from agentloop.journal.show import table
@@ -15,7 +15,7 @@ from agentloop.journal.show import table
 
 def logprobs(
     run: RunArgument,
-    step: StepOption = None,
+    step: Annotated[int | None, typer.Option(min=0, help="only this step of the trainer")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Trainer against rollout: how far apart their log-probabilities are, by step and turn.
@@ -23,42 +23,57 @@ def logprobs(
     Of runs with `agentloop.train_side=true`.
     """
     opened = open_run(run)
-    rows_of(opened, step, "train")
-    steps = list(run_logprobs(opened, step))
-    if not any(item["arrived"] for item in steps):
-        where = "has arrived" if step is None else f"of step {step} has arrived"
-        raise ConfigError(f"{opened.path}: no train side {where}; it is written with agentloop.train_side=true")
+    found = run_logprobs(opened, step)
+    if not found["arrived"]:
+        raise ConfigError(f"{opened.path}: no train side has arrived; it is written with agentloop.train_side=true")
+    if not found["steps"]:
+        raise ConfigError(f"{opened.path}: step {step} of the trainer has no train side")
     if as_json:
-        typer.echo(json.dumps({"run": str(opened.path), "steps": steps}))
+        typer.echo(json.dumps({"run": str(opened.path), **found}))
         return
     console = new_console()
     table(
         console,
-        ["step", "arrived", "sampled by", "trained at", "turn", "tokens", "max |diff|", "mean |diff|", "correlation"],
-        [row for item in steps for row in _rows(item)],
+        ["step", "trajectories", "sampled by", "turn", "tokens", "max |diff|", "mean |diff|", "correlation"],
+        [row for item in found["steps"] for row in _rows(item)],
     )
-    copied = sum(item["not_recomputed"] for item in steps)
-    if copied:
-        console.print(
-            f"{copied} trajectories are not compared: with algorithm.rollout_correction.bypass_mode the trainer takes the "
-            "rollout's log-probabilities as its own"
-        )
-    missing = sum(item["all"]["not_compared"] for item in steps)
-    if missing:
-        console.print(
-            f"{missing} tokens are not compared: one side has no log-probability of them "
-            "(actor_rollout_ref.rollout.calculate_log_probs)"
-        )
+    console.print()
+    for sentence in _notes(found):
+        console.print(sentence, markup=False)
 
 
 def _rows(item: dict[str, Any]) -> list[list[Any]]:
     rows = []
     for turn, figures in [*item["turns"].items(), ("all", item["all"])]:
-        head = [item["step"], f"{item['arrived']} of {item['expected']}", _span(item["sampled_by"]), _span(item["trained_at"])]
-        apart = [_short(figures["max_diff"]), _short(figures["mean_diff"])]
         correlation = figures["correlation"]
-        rows.append([*head, turn, figures["tokens"], *apart, "-" if correlation is None else f"{correlation:.6f}"])
+        rows.append(
+            [
+                *(item["step"], item["trajectories"], _span(item["sampled_by"]), turn, figures["tokens"]),
+                *(_short(figures["max_diff"]), _short(figures["mean_diff"])),
+                "-" if correlation is None else f"{correlation:.6f}",
+            ]
+        )
     return rows
+
+
+def _notes(found: dict[str, Any]) -> list[str]:
+    notes = [f"The train side of {found['arrived']} of {found['expected']} trajectories has arrived."]
+    if found["missing"]:
+        missing = ", ".join(f"{count} of step {step}" for step, count in found["missing"].items())
+        notes.append(f"Not arrived, by the rollout's step: {missing}.")
+    copied = sum(item["not_recomputed"] for item in found["steps"])
+    if copied:
+        notes.append(
+            f"{copied} trajectories are not compared: with algorithm.rollout_correction.bypass_mode the trainer takes the "
+            "rollout's log-probabilities as its own."
+        )
+    missing_tokens = sum(item["all"]["not_compared"] for item in found["steps"])
+    if missing_tokens:
+        notes.append(
+            f"{missing_tokens} tokens are not compared: one side has no finite log-probability of them "
+            "(see actor_rollout_ref.rollout.calculate_log_probs)."
+        )
+    return notes
 
 
 def _span(ends: list[int] | None) -> str:

@@ -1,9 +1,7 @@
-"""Trainer against rollout: how far apart their log-probabilities are, turn by turn."""
+"""Trainer against rollout: how far apart their log-probabilities are, by the trainer's step and by turn."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,71 +9,112 @@ import numpy as np
 from agentloop.journal.reader import Run
 
 
-def step_logprobs(run: Run, step: int) -> dict[str, Any]:
-    """One step of the journal, as JSON has it. Raises `JournalError` if a file of its train side is damaged.
+class Agreement:
+    """Two sides' numbers for the same tokens, summed up as they come."""
 
-    - `expected`, `arrived`: trajectories of the step that verl is given, and those whose train side is there.
-    - `sampled_by`: lowest and highest weight version that sampled the compared tokens; `None` if the engine did not tell.
-    - `trained_at`: first and last step of the trainer at which these trajectories were trained, or `None`. At the trainer's
-      step s its weights have been updated in s - 1 steps.
-    - `turns`: by turn index (as text), and `all`: see `agreement`.
-    - `not_recomputed`: trajectories that are left out of it because the trainer took the rollout's log-probabilities.
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.not_compared = 0
+        """Tokens for which one side has no finite number."""
+        self._max = 0.0
+        self._sum = 0.0
+        self._mean: Any = np.zeros(2)
+        self._moments: Any = np.zeros((2, 2))
+        """Sums of products of deviations from the means."""
+
+    def add(self, trainer: Any, rollout: Any) -> None:
+        """Arrays of the same length."""
+        both = np.stack([trainer, rollout]).astype(np.float64)
+        finite = np.isfinite(both).all(axis=0)
+        both = both[:, finite]
+        count = both.shape[1]
+        self.not_compared += len(finite) - count
+        if not count:
+            return
+        apart = np.abs(both[0] - both[1])
+        self._max = max(self._max, float(apart.max()))
+        self._sum += float(apart.sum())
+        # Two parts merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+        # variances" (1979): no difference of large sums.
+        mean = both.mean(axis=1)
+        deviations, shift, total = both - mean[:, None], mean - self._mean, self.tokens + count
+        self._moments += deviations @ deviations.T + np.outer(shift, shift) * self.tokens * count / total
+        self._mean += shift * count / total
+        self.tokens = total
+
+    def figures(self) -> dict[str, Any]:
+        """`tokens`, `not_compared`; `max_diff` and `mean_diff` of the absolute differences, `None` without tokens;
+        `correlation`, Pearson's, `None` if one side does not vary."""
+        scale = float(np.sqrt(self._moments[0, 0] * self._moments[1, 1]))
+        return {
+            "tokens": self.tokens,
+            "not_compared": self.not_compared,
+            "max_diff": self._max if self.tokens else None,
+            "mean_diff": self._sum / self.tokens if self.tokens else None,
+            "correlation": float(self._moments[0, 1]) / scale if scale > 0 else None,
+        }
+
+
+class _Step:
+    """One step of the trainer."""
+
+    def __init__(self) -> None:
+        self.trajectories = 0
+        self.not_recomputed = 0
+        self.versions: list[int] = []
+        self.turns: dict[int, Agreement] = {}
+        self.all = Agreement()
+
+    def figures(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "trajectories": self.trajectories,
+            "not_recomputed": self.not_recomputed,
+            "sampled_by": [min(self.versions), max(self.versions)] if self.versions else None,
+            "turns": {str(index): self.turns[index].figures() for index in sorted(self.turns)},
+            "all": self.all.figures(),
+        }
+
+
+def run_logprobs(run: Run, step: int | None = None) -> dict[str, Any]:
+    """A run, or one step of its trainer, as JSON has it. Raises `JournalError` if something that is needed is damaged.
+
+    - `expected`, `arrived`: training trajectories that verl is given, and those whose train side is there; `missing`: the
+      difference, by the step under which the journal has them.
+    - `steps`, by the trainer's step, whose weights have been updated in the steps before it:
+      - `trajectories` that it trained on, and of them those that are not compared because the trainer took the rollout's
+        log-probabilities as its own (`not_recomputed`);
+      - `sampled_by`: lowest and highest weight version that sampled them; `None` if the engine did not tell;
+      - `turns`, by turn index as text, and `all`: see `Agreement.figures`.
     """
-    side = run.train_side(step)
-    turns: dict[int, list[tuple[Any, Any]]] = {}
-    versions: list[int] = []
-    trained: list[int] = []
-    not_recomputed = 0
-    for trajectory in side:
-        trained.append(trajectory.trained_step)
-        if not trajectory.recomputed:
-            not_recomputed += 1
-            continue
-        trainer, rollout, version = trajectory.old_log_probs, trajectory.rollout_log_probs, trajectory.weight_version
-        for index, place in trajectory.turns():
-            turns.setdefault(index, []).append((trainer[place], rollout[place]))
-            known = version[place][version[place] >= 0]
-            versions += [int(known.min()), int(known.max())] if len(known) else []
-    return {
-        "step": step,
-        "expected": side.expected,
-        "arrived": side.arrived,
-        "not_recomputed": not_recomputed,
-        "sampled_by": [min(versions), max(versions)] if versions else None,
-        "trained_at": [min(trained), max(trained)] if trained else None,
-        "turns": {str(index): agreement(turns[index]) for index in sorted(turns)},
-        "all": agreement([pair for pairs in turns.values() for pair in pairs]),
-    }
-
-
-def run_logprobs(run: Run, step: int | None = None) -> Iterator[dict[str, Any]]:
-    """Every step of the training, or one of them."""
+    steps: dict[int, _Step] = {}
+    expected = arrived = 0
+    missing: dict[str, int] = {}
     for place in run.steps():
-        if place.partition == "train" and step in (None, place.step):
-            yield step_logprobs(run, place.step)
+        if place.partition != "train":
+            continue
+        side = run.train_side(place.step)
+        expected += side.expected
+        arrived += side.arrived
+        if side.arrived < side.expected:
+            missing[str(place.step)] = side.expected - side.arrived
+        if step is not None and step not in side.trained_steps:
+            continue
+        for trajectory in side:
+            if step in (None, trajectory.trained_step):
+                _add(steps.setdefault(trajectory.trained_step, _Step()), trajectory)
+    figures = [steps[at].figures(at) for at in sorted(steps)]
+    return {"expected": expected, "arrived": arrived, "missing": missing, "steps": figures}
 
 
-def agreement(pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """Of arrays of the trainer's and the rollout's log-probabilities of the same tokens:
-
-    `tokens` compared, `max_diff` and `mean_diff` (of the absolute differences), `correlation` (Pearson's; `None` if one side
-    does not vary), and `not_compared`: tokens for which one side has no finite number.
-    """
-    trainer, rollout = (np.concatenate([np.empty(0), *(pair[side] for pair in pairs)]) for side in (0, 1))  # float64
-    finite = np.isfinite(trainer) & np.isfinite(rollout)
-    trainer, rollout = trainer[finite], rollout[finite]
-    apart = np.abs(trainer - rollout)
-    return {
-        "tokens": len(apart),
-        "not_compared": int(len(finite) - len(apart)),
-        "max_diff": float(apart.max()) if len(apart) else None,
-        "mean_diff": float(apart.mean()) if len(apart) else None,
-        "correlation": _correlation(trainer, rollout),
-    }
-
-
-def _correlation(a: Any, b: Any) -> float | None:
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    value = float(np.corrcoef(a, b)[0, 1])
-    return value if math.isfinite(value) else None
+def _add(step: _Step, trajectory: Any) -> None:
+    step.trajectories += 1
+    if not trajectory.recomputed:
+        step.not_recomputed += 1
+        return
+    trainer, rollout, versions = trajectory.old_log_probs, trajectory.rollout_log_probs, trajectory.weight_version
+    for index, place in trajectory.turns():
+        step.turns.setdefault(index, Agreement()).add(trainer[place], rollout[place])
+        step.all.add(trainer[place], rollout[place])
+        known = versions[place][versions[place] >= 0]
+        step.versions += [int(known.min()), int(known.max())] if len(known) else []

@@ -113,6 +113,8 @@ class _Place(NamedTuple):
 
     file: Path
     row: int
+    step: int
+    """The trainer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,11 @@ class TrainSide:
         """How many of the expected ones have their trainer's part."""
         return len(self._found)
 
+    @property
+    def trained_steps(self) -> set[int]:
+        """The trainer's steps in which those that have arrived were trained."""
+        return {place.step for _, place in self._found}
+
     def __iter__(self) -> Iterator[TrainedTrajectory]:
         """Raises `JournalError` if a file is damaged or a row is not of the ledger's tokens."""
         update: _Update | None = None
@@ -237,7 +244,7 @@ class TrainSideIndex:
             if name.path not in self._headers:
                 self._headers[name.path] = _read(name.path, columns=False)
             for index, (step, uid, sibling, *_) in enumerate(self._headers[name.path].header["rows"]):
-                self._by_step.setdefault(step, {})[uid, sibling] = _Place(name.path, index)
+                self._by_step.setdefault(step, {})[uid, sibling] = _Place(name.path, index, name.step)
 
 
 def check_file(path: Path) -> None:
