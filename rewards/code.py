@@ -38,6 +38,8 @@ from agentloop.trajectory import CallStatus, Reward, Sample, Trajectory
 
 _FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
 _FRAME = re.compile(r" ([a-z_]+) ([^\n]*)\n")
+_FAILED = ("raised", "exited", "threads", "not_plain", "too_long", "missing")
+"""Kinds of frame that say what went wrong."""
 
 
 class CodeSettings(Strict):
@@ -161,19 +163,20 @@ class CodeReward:
         frame = _FRAME.fullmatch(rest)
         if frame is None or nonce in printed or nonce in rest:
             return _Outcome("tampered", "something else than one result was written")
-        kind = frame[1]
-        if kind != ("end" if test.fn is None else "value"):
-            return _Outcome(kind, frame[2][:300])
+        if frame[1] in _FAILED:
+            return _Outcome(frame[1], frame[2][:300])
+        if frame[1] != ("end" if test.fn is None else "value"):
+            return _Outcome("tampered", "a result of another kind was written")
         settings = self.settings
         if test.fn is None:
             same = same_output(printed, test.expected, compare=settings.stdout, tolerance=settings.stdout_tolerance)
-            return _Outcome("passed" if same else "wrong_answer", printed[:300])
+            return _Outcome("passed" if same else "wrong_answer", printed[:300], passed=same)
         try:
             value = json.loads(frame[2])
         except (ValueError, RecursionError) as error:
             return _Outcome("unreadable", str(error)[:300])
         same = same_value(value, test.expected, tolerance=settings.float_tolerance, exact_types=settings.exact_types)
-        return _Outcome("passed" if same else "wrong_answer", frame[2][:300])
+        return _Outcome("passed" if same else "wrong_answer", frame[2][:300], passed=same)
 
     def _reward(self, outcomes: list[_Outcome], tests: int, verdict: str, detail: str) -> Reward:
         passed = sum(outcome.passed for outcome in outcomes)
@@ -188,10 +191,8 @@ class _Outcome:
 
     verdict: str
     detail: str
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict == "passed"
+    passed: bool = False
+    """Set by the comparison alone; `verdict` is for people and may come from the candidate."""
 
 
 def last_block(text: str, languages: tuple[str, ...]) -> str | None:
