@@ -200,6 +200,15 @@ class BaseTool(ABC):
     description: ClassVar[str] = ""
     Arguments: ClassVar[type[BaseModel] | None] = None
     """The arguments of `execute`, from which the JSON schema is derived."""
+    parallel: bool = True
+    """Whether several calls of one turn may run at the same time; `False`: in the order in which the model wrote them. The
+    tools file's `parallel` goes before it."""
+    lane: str | None = None
+    """Where calls are not parallel: tools with the same lane wait for each other, as those must that work on the same files.
+    `None`: the tool by itself."""
+    final: bool = False
+    """A call that ends well is the model's final answer: the trajectory ends as `final_answer`, and the call's text is what
+    the reward is asked about."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -258,6 +267,9 @@ class BaseTool(ABC):
         """Let go of the instance: called exactly once for every instance that was created."""
         self.instances.pop(instance_id, None)
 
+    async def close(self) -> None:  # noqa: B027
+        """Let go of what the tool holds for the whole process, when its registry is closed."""
+
 
 class ToolSet(ABC):
     """Several tools from one entry of a tools file, each under the entry's policies.
@@ -271,12 +283,13 @@ class ToolSet(ABC):
     def __init__(self, config: Mapping[str, Any] | None = None, tool_schema: Any = None) -> None: ...
 
 
-def accepted_kwargs(method: Callable[..., Any], kwargs: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """Those of `kwargs` that `method` takes, with all of them as `group=` too if it takes that (even if there are none).
+def accepted_kwargs(signature: inspect.Signature, kwargs: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """Those of `kwargs` that a method of this signature takes, with all of them as `group=` too if it takes that (even if
+    there are none).
 
     Raises `ConfigError` for one that it takes in neither way.
     """
-    parameters = inspect.signature(method).parameters
+    parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     grouped = bool(group) and (takes_any or group in parameters)
     result = {key: value for key, value in kwargs.items() if takes_any or key in parameters}
@@ -293,12 +306,14 @@ def accepted_kwargs(method: Callable[..., Any], kwargs: Mapping[str, Any], group
 
 
 def _wrap_create(create: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    signature = inspect.signature(create)
+
     @functools.wraps(create)
     async def wrapped(self: BaseTool, instance_id: str | None = None, **kwargs: Any) -> Any:
         instance_id = instance_id or uuid4().hex
         given = kwargs.get("create_kwargs")
         if isinstance(given, Mapping) and set(kwargs) == {"create_kwargs"}:  # verl's loop, which does not spread them
-            kwargs = accepted_kwargs(functools.partial(create, self), given, "create_kwargs")
+            kwargs = accepted_kwargs(signature, given, "create_kwargs")
         returned = await create(self, instance_id, **kwargs)
         if returned is None or isinstance(returned, str):
             return returned or instance_id, ToolResponse()

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
 import inspect
 import logging
 import math
-from collections.abc import Awaitable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
-from agentloop.errors import ConfigError, ToolError, ToolInfraError, nearest
-from agentloop.tools.base import InvalidArguments, ToolLike, accepted_kwargs, to_answer
+from agentloop.errors import ConfigError, ToolInfraError, nearest
+from agentloop.tools.attempt import Outcome, attempt, bounded, brief, invalid, refused, settle, too_late
+from agentloop.tools.base import ToolLike, ToolSchema, accepted_kwargs, to_answer
+from agentloop.tools.breaker import Breaker
 from agentloop.tools.cut import TextCodec, cut_to_tokens
-from agentloop.tools.policy import Gate, ToolPolicy
+from agentloop.tools.gate import Gate
+from agentloop.tools.policy import ToolPolicy
 from agentloop.tools.schema import ArgumentCheck, Schema
-from agentloop.tools.session import CANCEL_GRACE_S, ToolSession, current_session, give_up_at
-from agentloop.tools.threads import Slot, current_slot, run_blocking
+from agentloop.tools.session import ToolSession, current_session, give_up_at
+from agentloop.tools.threads import run_blocking
 from agentloop.trajectory import CallRecord, CallStatus, ToolCall
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 RELEASE_TIMEOUT_S = 8.0
 """How long one `release` may take; under the loop's `release_s`, so that a hanging one is reported by name."""
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 
-_MAX_ERROR = 300  # characters of an exception's message that the model is told
 _LONG_TEXT = 20_000  # characters from which cutting happens beside the event loop
+_METHODS: dict[str, tuple[Any, ...]] = {"create": ("id",), "execute": ("id", {}), "calc_reward": ("id",), "release": ("id",)}
+_jitter = random.Random()  # not the module's own, which a run may have seeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +49,71 @@ class Entry:
     policy: ToolPolicy
     check: ArgumentCheck
     gate: Gate
+    breaker: Breaker
+    signatures: Mapping[str, inspect.Signature]
+    """Of `create`, `execute`, `calc_reward` and `release`."""
+    lane: str | None
+    """Calls of one trajectory in the same lane run one after the other, in the order of the turn; `None`: at any time."""
+    final: bool
+    """A call that ends well ends the trajectory."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What one attempt came to."""
+def make_entry(tool: ToolLike, policy: ToolPolicy) -> Entry:
+    """Everything that is worked out once for a tool. `ConfigError` if it is not fit to be called."""
+    signatures = {}
+    for method, arguments in _METHODS.items():
+        function = getattr(tool, method, None)
+        if not callable(function):
+            raise ConfigError(f"tool '{tool.name}' has no method '{method}'")
+        if not inspect.iscoroutinefunction(inspect.unwrap(function)):
+            raise ConfigError(f"'{method}' of tool '{tool.name}' must be 'async def'")
+        signatures[method] = inspect.signature(function)
+        try:
+            signatures[method].bind_partial(*arguments)
+        except TypeError as error:
+            raise ConfigError(f"'{method}' of tool '{tool.name}' cannot be called as the registry does: {error}") from error
+    schema = ToolSchema.of(tool.tool_schema).to_dict()
+    parameters = schema["function"].get("parameters", {"type": "object", "properties": {}})
+    parallel = getattr(tool, "parallel", True) if policy.parallel is None else policy.parallel
+    return Entry(
+        tool,
+        tool.name,
+        schema,
+        policy,
+        ArgumentCheck(parameters),
+        Gate(tool.name, policy),
+        Breaker(policy.circuit_breaker),
+        signatures,
+        lane=None if parallel else getattr(tool, "lane", None) or tool.name,
+        final=bool(getattr(tool, "final", False)),
+    )
 
-    status: CallStatus
-    text: str
-    reward: float = 0.0
-    metrics: Mapping[str, Any] | None = None
-    reported: bool = False
-    """The tool answered, if only to say that the call was wrong: no retry and no `on_error`."""
+
+@dataclass(slots=True)
+class _Tally:
+    """What one call has cost so far."""
+
+    attempts: int = 0
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    backoff_s: float = 0.0
+    waits: dict[str, float] = field(default_factory=dict)
+    """Those of `queue_s` that are the cluster's and the rate limit's."""
+    refused: bool = False
+    probed: bool = False
+    late: bool = False
+
+    def metrics(self) -> dict[str, float]:
+        """What the policies did, as the call's record shows it; only what is not 0."""
+        found = {
+            "retries": max(0, self.attempts - 1),
+            "backoff_s": self.backoff_s,
+            "breaker_open": self.refused,
+            "breaker_probe": self.probed,
+            "deadline": self.late,
+            **self.waits,
+        }
+        return {name: float(value) for name, value in found.items() if value}
 
 
 class RegistrySession(ToolSession):
@@ -81,11 +137,16 @@ class RegistrySession(ToolSession):
         """What `close` releases: with retries a tool may have been created more than once."""
         self._call_rewards: dict[str, float] = {}
         self._rewards: dict[str, float] | None = None
+        self._lanes: dict[str, asyncio.Lock] = {}
         self._opened = self._closed = False
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
         return [entry.schema for entry in self._entries.values()]
+
+    @property
+    def final(self) -> frozenset[str]:
+        return frozenset(name for name, entry in self._entries.items() if entry.final)
 
     # -- life -----------------------------------------------------------------------------------------------------------
 
@@ -102,19 +163,26 @@ class RegistrySession(ToolSession):
         try:
             await asyncio.gather(*tasks)
         except BaseException:
-            await asyncio.gather(*(_settle(task, "create") for task in tasks))
+            await asyncio.gather(*(settle(task, "create") for task in tasks))
             raise
 
     async def _create(self, entry: Entry) -> None:
-        for attempt in range(entry.policy.extra_attempts + 1):
+        """A `create` that fails is the machinery's doing, whatever it raised."""
+        policy = entry.policy
+        now = asyncio.get_running_loop().time
+        end = math.inf if policy.deadline is None else now() + policy.deadline
+        for number in range(policy.extra_attempts + 1):
+            limit = min(policy.timeout or math.inf, end - now())
             try:
-                await _bounded(self._create_once(entry), entry.policy.timeout, f"create of tool '{entry.name}'")
+                seconds = None if limit == math.inf else max(0.0, limit)
+                await bounded(self._create_once(entry), seconds, f"create of tool '{entry.name}'")
                 return
             except Exception as error:
                 logger.warning("tool '%s': create failed for trajectory %s", entry.name, self._trajectory_id, exc_info=True)
-                if attempt == entry.policy.extra_attempts:
-                    raise ToolInfraError(f"tool '{entry.name}' could not be created: {_brief(error)}") from error
-            await asyncio.sleep(_backoff(attempt))
+                backoff = _backoff(number)
+                if number == policy.extra_attempts or now() + backoff >= end:
+                    raise ToolInfraError(f"tool '{entry.name}' could not be created: {brief(error)}") from error
+            await asyncio.sleep(backoff)
 
     async def _create_once(self, entry: Entry) -> None:
         instance_id = f"{self._trajectory_id}-{uuid4().hex[:8]}"
@@ -136,7 +204,7 @@ class RegistrySession(ToolSession):
     async def _release(self, entry: Entry, instance_id: str) -> None:
         try:
             release = entry.tool.release(instance_id, **self._kwargs[entry.name]["release"])
-            await _bounded(release, RELEASE_TIMEOUT_S, f"release of tool '{entry.name}'")
+            await bounded(release, RELEASE_TIMEOUT_S, f"release of tool '{entry.name}'")
         except Exception:
             logger.warning("tool '%s': release failed for trajectory %s", entry.name, self._trajectory_id, exc_info=True)
 
@@ -148,10 +216,10 @@ class RegistrySession(ToolSession):
                 entry = self._entries[name]
                 try:
                     asked = entry.tool.calc_reward(instance_id, **self._kwargs[name]["calc_reward"])
-                    _, value, _ = to_answer(("", await _bounded(asked, entry.policy.timeout, f"calc_reward of '{name}'")))
+                    _, value, _ = to_answer(("", await bounded(asked, entry.policy.timeout, f"calc_reward of '{name}'")))
                 except Exception as error:
                     logger.warning("tool '%s': calc_reward failed", name, exc_info=True)
-                    raise ToolInfraError(f"calc_reward of tool '{name}' failed: {_brief(error)}") from error
+                    raise ToolInfraError(f"calc_reward of tool '{name}' failed: {brief(error)}") from error
                 total[name] = total.get(name, 0.0) + value
             self._rewards = {f"tool/{name}": value for name, value in total.items() if value != 0}
         return dict(self._rewards)
@@ -166,111 +234,119 @@ class RegistrySession(ToolSession):
             return CallRecord(call, CallStatus.UNKNOWN_TOOL, text, attempts=0)
         problem = entry.check(call.arguments)
         if problem is not None:
-            return await self._fit(entry, CallRecord(call, CallStatus.INVALID_ARGUMENTS, _invalid(entry, problem), attempts=0))
+            return await self._fit(
+                entry, CallRecord(call, CallStatus.INVALID_ARGUMENTS, invalid(entry.name, problem), attempts=0)
+            )
         if entry.name not in self._instances:
             raise RuntimeError(f"tool '{entry.name}' was called outside of its trajectory's open and close")
         return await self._fit(entry, await self._run(entry, call, deadline))
 
     async def _run(self, entry: Entry, call: ToolCall, deadline: float) -> CallRecord:
-        """Attempts, waits and retries, all of them before the call's end."""
+        """Waits, attempts and retries, all of them before the call's end."""
         policy = entry.policy
         now = asyncio.get_running_loop().time
         started = now()
         end = give_up_at(deadline, started)
-        if policy.timeout is not None:
-            end = min(end, started + policy.timeout)
-        waited = ran = 0.0
-        attempts = 0
-        outcome = _too_late(entry, end - started)
-        while True:
-            queued_at = now()
-            slot: Slot | None = None
-            running_at: float | None = None
+        if policy.deadline is not None:
+            end = min(end, started + policy.deadline)
+        tally = _Tally()
+        # Nothing is awaited before this lock, so the calls of a lane get it in the order in which the loop makes them.
+        lane = self._lanes.setdefault(entry.lane, asyncio.Lock()) if entry.lane else asyncio.Lock()
+        try:
+            async with asyncio.timeout_at(end):
+                await lane.acquire()
+        except TimeoutError:
+            tally.late = True
+            outcome = too_late(entry.name, end - started)
+            tally.queue_s = now() - started
+        else:
             try:
-                async with asyncio.timeout_at(end):
-                    slot = await entry.gate.enter()
-                running_at = now()
-                waited += running_at - queued_at
-                if running_at < end:
-                    attempts += 1
-                    outcome = await self._attempt(entry, call, slot, end, end - started)
-                    ran += now() - running_at
-            except TimeoutError:
-                outcome = _too_late(entry, end - started)
+                tally.queue_s = now() - started
+                outcome = await self._attempts(entry, call, end, end - started, tally)
             finally:
-                if slot is not None:
-                    slot.let_go()
-            if running_at is None:
-                waited += now() - queued_at
-            backoff = _backoff(attempts - 1)
-            if not _try_again(outcome, policy) or attempts > policy.extra_attempts or now() + backoff >= end:
-                break
-            await asyncio.sleep(backoff)
-        model_erred = outcome.status is CallStatus.INVALID_ARGUMENTS or outcome.reported
-        if outcome.status is CallStatus.OK or outcome.reported:
+                lane.release()
+        if outcome.answered:
             self._call_rewards[entry.name] = self._call_rewards.get(entry.name, 0.0) + outcome.reward
         return CallRecord(
             call,
             outcome.status,
             outcome.text,
             reward=outcome.reward,
-            metrics=_numbers(outcome.metrics or {}),
-            attempts=attempts,
-            queue_s=waited,
-            run_s=ran,
-            on_error="observe" if model_erred or policy.on_error == "retry" else policy.on_error,
+            metrics=_numbers({**(outcome.metrics or {}), **tally.metrics()}),
+            attempts=tally.attempts,
+            queue_s=tally.queue_s,
+            run_s=tally.run_s,
+            on_error="observe" if outcome.reported or policy.on_error == "retry" else policy.on_error,
         )
 
-    async def _attempt(self, entry: Entry, call: ToolCall, slot: Slot, end: float, limit: float) -> _Outcome:
-        # A copy: a tool may change what it is given, and the record keeps what the model wrote.
-        arguments = copy.deepcopy(call.arguments)
-        instance_id = self._instances[entry.name]
-        context = contextvars.copy_context()
-        context.run(current_slot.set, slot)
+    async def _attempts(self, entry: Entry, call: ToolCall, end: float, limit: float, tally: _Tally) -> Outcome:
+        policy = entry.policy
+        now = asyncio.get_running_loop().time
+        while True:
+            if why := entry.breaker.refusal():
+                tally.refused = True
+                return refused(entry.name, why)
+            outcome = await self._attempt(entry, call, end, limit, tally)
+            again = outcome.status is CallStatus.INFRA or (policy.on_error == "retry" and not outcome.answered)
+            again = again and not tally.refused and not tally.late and tally.attempts <= policy.extra_attempts
+            backoff = _backoff(tally.attempts - 1)
+            if not again or now() + backoff >= end:
+                return outcome
+            await asyncio.sleep(backoff)
+            tally.backoff_s += backoff
 
-        async def execute() -> Any:
-            return await entry.tool.execute(instance_id, arguments, **self._kwargs[entry.name]["execute"])
-
-        task = asyncio.get_running_loop().create_task(execute(), context=context)
-        what = f"tool '{entry.name}'"
+    async def _attempt(self, entry: Entry, call: ToolCall, end: float, limit: float, tally: _Tally) -> Outcome:
+        """Wait for a place and run the tool once."""
+        now = asyncio.get_running_loop().time
+        queued_at = now()
         try:
-            await asyncio.wait({task}, timeout=max(0.0, end - asyncio.get_running_loop().time()))
-        except asyncio.CancelledError:
-            await self._stop(task, slot, what)
-            raise
-        if not task.done():
-            await self._stop(task, slot, what)
-            return _too_late(entry, limit)
-        try:
-            response, reward, metrics = to_answer(task.result())
-        except InvalidArguments as error:
-            return _Outcome(CallStatus.INVALID_ARGUMENTS, _invalid(entry, str(error)), reported=True)
-        except TimeoutError as error:
-            logger.warning("%s: timeout inside the tool", what, exc_info=True)
-            return _Outcome(CallStatus.TIMEOUT, f"The tool '{entry.name}' timed out: {_brief(error)}.")
+            async with asyncio.timeout_at(end):
+                slot = await entry.gate.enter()
+        except TimeoutError:
+            tally.late = True
+            return too_late(entry.name, limit)
         except ToolInfraError as error:
-            logger.warning("%s: infrastructure failure", what, exc_info=True)
-            return _Outcome(CallStatus.INFRA, f"The tool '{entry.name}' is not available: {_brief(error)}")
-        except ToolError as error:
-            return _Outcome(CallStatus.ERROR, str(error) or f"The tool '{entry.name}' failed.")
-        except (Exception, asyncio.CancelledError) as error:
-            logger.warning("%s: raised", what, exc_info=True)
-            return _Outcome(CallStatus.ERROR, f"The tool '{entry.name}' failed: {_brief(error)}")
-        if getattr(response, "image", None) or getattr(response, "video", None):
-            return _Outcome(CallStatus.ERROR, f"The tool '{entry.name}' answered with an image or a video; only text is read.")
-        wrong = bool(getattr(response, "error", False))
-        status = CallStatus.ERROR if wrong else CallStatus.OK
-        return _Outcome(status, response.text or "", reward, metrics, reported=wrong)
-
-    async def _stop(self, task: asyncio.Task[Any], slot: Slot, what: str) -> None:
-        slot.hold()  # for as long as it goes on, even if the wait for its end is cancelled too
-        task.add_done_callback(lambda _: slot.let_go())
-        await _settle(task, what)
+            tally.attempts += 1
+            return refused(entry.name, brief(error))
+        finally:
+            tally.queue_s += now() - queued_at
+        probe = answered = failed = False
+        try:
+            for what, seconds in slot.waits.items():
+                tally.waits[what] = tally.waits.get(what, 0.0) + seconds
+            if now() >= end:
+                tally.late = True
+                return too_late(entry.name, limit)
+            if why := entry.breaker.refusal():  # it may have opened while this call was waiting
+                tally.refused = True
+                return refused(entry.name, why)
+            probe = entry.breaker.begin()
+            tally.probed = tally.probed or probe
+            tally.attempts += 1
+            outcome = await attempt(
+                entry.tool,
+                self._instances[entry.name],
+                call.arguments,
+                self._kwargs[entry.name]["execute"],
+                slot,
+                timeout=entry.policy.timeout,
+                end=end,
+                limit=limit,
+            )
+            tally.late = now() >= end
+            tally.queue_s += slot.queued
+            tally.run_s += slot.ran
+            failed = outcome.status is CallStatus.INFRA
+            answered = not failed and outcome.status is not CallStatus.TIMEOUT
+            return outcome
+        finally:
+            entry.breaker.end(probe=probe, answered=answered, failed=failed)
+            slot.let_go()
 
     async def _fit(self, entry: Entry, record: CallRecord) -> CallRecord:
         record = replace(record, text=_well_formed(record.text))
         limit = entry.policy.max_response_tokens
-        if limit is None or self._codec is None:
+        if limit is None or self._codec is None or entry.final:
             return record
         if len(record.text) > _LONG_TEXT:
             text, cut = await run_blocking(cut_to_tokens, record.text, limit, self._codec)
@@ -279,10 +355,9 @@ class RegistrySession(ToolSession):
         return replace(record, text=text, cut_tokens=cut) if cut else record
 
 
-def method_kwargs(tool: ToolLike, row: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def method_kwargs(entry: Entry, row: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """A row's `tools_kwargs.<tool>` as what to pass to each method; `ConfigError` beginning with `where` for unknown keys."""
-    methods = ("create", "execute", "calc_reward", "release")
-    groups = {f"{method}_kwargs": method for method in methods}
+    groups = {f"{method}_kwargs": method for method in _METHODS}
     for key in row:
         if key not in groups:
             raise ConfigError(f"{where}: unknown key '{key}'; {nearest(key, groups)}")
@@ -291,11 +366,11 @@ def method_kwargs(tool: ToolLike, row: Mapping[str, Any], where: str) -> dict[st
         given = row.get(group) or {}
         if not isinstance(given, Mapping):
             raise ConfigError(f"{where}: key '{group}' must be a mapping, got {given!r}")
+        signature = entry.signatures[method]
         try:
             # verl's loop hands `create_kwargs` over as one argument of that name; the others it used to spread.
-            function = getattr(tool, method)
-            passed[method] = accepted_kwargs(function, given, group if method == "create" else "")
-            inspect.signature(function).bind("id", *([{}] if method == "execute" else []), **passed[method])
+            passed[method] = accepted_kwargs(signature, given, group if method == "create" else "")
+            signature.bind(*_METHODS[method], **passed[method])
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{where}: key '{group}': {error}") from error
     return passed
@@ -304,28 +379,15 @@ def method_kwargs(tool: ToolLike, row: Mapping[str, Any], where: str) -> dict[st
 # -- small parts --------------------------------------------------------------------------------------------------------
 
 
-def _try_again(outcome: _Outcome, policy: ToolPolicy) -> bool:
-    if outcome.status is CallStatus.OK or outcome.reported:
-        return False
-    return outcome.status in (CallStatus.INFRA, CallStatus.TIMEOUT) or policy.on_error == "retry"
-
-
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The finite ones: one NaN would be the mean over a whole batch."""
     numbers = {str(key): float(value) for key, value in metrics.items() if isinstance(value, Real)}
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
-def _backoff(attempt: int) -> float:
-    return min(FIRST_BACKOFF_S * 2.0**attempt, MAX_BACKOFF_S)
-
-
-def _too_late(entry: Entry, limit: float) -> _Outcome:
-    return _Outcome(CallStatus.TIMEOUT, f"The tool '{entry.name}' did not answer within {max(0.0, round(limit, 2)):g} s.")
-
-
-def _invalid(entry: Entry, problem: str) -> str:
-    return f"Invalid arguments for the tool '{entry.name}': {problem}."
+def _backoff(number: int) -> float:
+    """Seconds before the next attempt, spread out so that what failed together does not come back together."""
+    return min(FIRST_BACKOFF_S * 2.0**number, MAX_BACKOFF_S) * _jitter.uniform(0.5, 1.5)
 
 
 def _well_formed(text: str) -> str:
@@ -335,45 +397,3 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _brief(error: BaseException) -> str:
-    """One line of an exception, for the model and for messages."""
-    line = (str(error).strip().splitlines() or [""])[0].strip()
-    text = line if isinstance(error, ToolError) else f"{type(error).__name__}: {line}"
-    text = text if line else type(error).__name__
-    return text if len(text) <= _MAX_ERROR else text[: _MAX_ERROR - 1] + "…"
-
-
-async def _awaited(awaitable: Awaitable[T]) -> T:
-    return await awaitable
-
-
-async def _bounded(awaitable: Awaitable[T], timeout: float | None, what: str) -> T:
-    """Wait for it, `TimeoutError` after `timeout` seconds even if it does not let itself be cancelled."""
-    coroutine: Coroutine[Any, Any, T] = _awaited(awaitable)
-    task = asyncio.create_task(coroutine)
-    try:
-        await asyncio.wait({task}, timeout=timeout)
-    except asyncio.CancelledError:
-        await _settle(task, what)
-        raise
-    if not task.done():
-        await _settle(task, what)
-        raise TimeoutError(f"{what} took longer than {timeout:g} s")
-    if task.cancelled():
-        raise ToolError(f"{what} cancelled itself")
-    return task.result()
-
-
-async def _settle(task: asyncio.Task[Any], what: str) -> None:
-    """Cancel and wait a moment. One that does not end is reported and left behind."""
-    task.cancel()
-    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody else asks for it
-    if not task.done():
-        await asyncio.wait({task}, timeout=CANCEL_GRACE_S)
-    if task.done():
-        if not task.cancelled() and task.exception() is not None:
-            logger.debug("%s: raised while it was cancelled", what, exc_info=task.exception())
-    else:
-        logger.warning("%s does not end although it was cancelled; it is left behind", what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import inspect
@@ -17,18 +18,21 @@ from pydantic import ValidationError
 
 from agentloop.config import load_yaml
 from agentloop.errors import ConfigError, nearest
+from agentloop.tools.attempt import bounded
 from agentloop.tools.base import ToolLike, ToolSchema, ToolSet
-from agentloop.tools.calls import Entry, RegistrySession, method_kwargs
+from agentloop.tools.calls import RELEASE_TIMEOUT_S, Entry, RegistrySession, make_entry, method_kwargs
 from agentloop.tools.cut import TextCodec
 from agentloop.tools.function import FunctionTool, as_tool, load_function_file
-from agentloop.tools.policy import Gate, ToolPolicy
-from agentloop.tools.schema import ArgumentCheck
+from agentloop.tools.policy import CircuitBreaker, RateLimit, ToolPolicy
 from agentloop.tools.session import ToolSession, ToolSessions
 from agentloop.trajectory import Sample
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = {"calculator": "agentloop.tools.calculator.Calculator"}
+SHIPPED = {
+    "calculator": "agentloop.tools.calculator.Calculator",
+    "search": "agentloop.tools.search.Search",
+}
 """Short class names for the tools that come with agentloop."""
 
 _ENTRY_KEYS = ("class_name", "function", "config", "tool_schema")
@@ -64,7 +68,7 @@ class ToolRegistry(ToolSessions):
                 more = f" (and {len(problems) - 1} more: `agentloop tools lint` lists them)" if len(problems) > 1 else ""
                 raise ConfigError(problems[0] + more)
         if function_tool_path:
-            entries += [_entry(tool, ToolPolicy()) for tool in load_function_file(function_tool_path)]
+            entries += [make_entry(tool, ToolPolicy()) for tool in load_function_file(function_tool_path)]
         return cls(entries)
 
     @classmethod
@@ -85,13 +89,27 @@ class ToolRegistry(ToolSessions):
                 if problems:
                     raise ConfigError(f"policies: tool '{tool.name}': {problems[0]}")
                 policy = parsed
-            entries.append(_entry(tool, policy))
+            entries.append(make_entry(tool, policy))
         return cls(entries)
 
     def bind(self, codec: TextCodec) -> ToolRegistry:
         """Count tokens with this codec (a `Renderer`), as `max_response_tokens` needs. Returns the registry itself."""
         self._codec = codec
         return self
+
+    async def close(self) -> None:
+        """Let go of what the tools hold for the whole process (a sandbox, a server's process), each with its own guard. Once
+        no trajectory is under way; a tool that is used again starts again."""
+
+        async def close(entry: Entry) -> None:
+            try:
+                await bounded(entry.tool.close(), RELEASE_TIMEOUT_S, f"close of tool '{entry.name}'")  # type: ignore[attr-defined]
+            except Exception:
+                logger.warning("tool '%s': close failed", entry.name, exc_info=True)
+
+        await asyncio.gather(
+            *(close(entry) for entry in self if inspect.iscoroutinefunction(getattr(entry.tool, "close", None)))
+        )
 
     # -- what is in it --------------------------------------------------------------------------------------------------
 
@@ -140,7 +158,7 @@ class ToolRegistry(ToolSessions):
             self._known(name, "tools_kwargs")
         selected = {name: entry for name, entry in self._entries.items() if name in names}
         kwargs = {
-            name: method_kwargs(entry.tool, tools_kwargs.get(name) or {}, f"tools_kwargs: tool '{name}'")
+            name: method_kwargs(entry, tools_kwargs.get(name) or {}, f"tools_kwargs: tool '{name}'")
             for name, entry in selected.items()
         }
         return selected, kwargs
@@ -202,7 +220,7 @@ def _read_entry(raw: Any, path: Path) -> tuple[list[Entry], list[str]]:
     try:
         made = _make(raw, path.resolve().parent)
         tools = made.tools if isinstance(made, ToolSet) else [made]
-        return [_entry(tool, policy) for tool in tools], problems
+        return [make_entry(tool, policy) for tool in tools], problems
     except ConfigError as error:
         return [], [*problems, str(error)]
 
@@ -217,7 +235,7 @@ def _policy(data: Mapping[str, Any], known: Iterable[str]) -> tuple[ToolPolicy, 
         for first in sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden"):
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
-                options = ("calls", "period") if len(first["loc"]) > 1 else known
+                options = _fields_of(str(first["loc"][0])) if len(first["loc"]) > 1 else known
                 problems.append(f"unknown key '{key}'; {nearest(str(first['loc'][-1]), options)}")
             elif first["type"] == "literal_error" and isinstance(first["input"], str):
                 options = ("observe", "retry", "drop_sample", "resample")
@@ -228,6 +246,11 @@ def _policy(data: Mapping[str, Any], known: Iterable[str]) -> tuple[ToolPolicy, 
                 message = first["msg"].removeprefix("Value error, ")
                 problems.append(f"key '{key}': {message[:1].lower()}{message[1:]}, got {first['input']!r}")
         return ToolPolicy(), problems
+
+
+def _fields_of(key: str) -> Iterable[str]:
+    """The keys inside a policy's mapping."""
+    return (CircuitBreaker if key == "circuit_breaker" else RateLimit).model_fields
 
 
 def _make(raw: Mapping[str, Any], folder: Path) -> Any:
@@ -316,20 +339,3 @@ def _nearest_module(name: str, folder: Path) -> str:
     beside = [path.stem for path in folder.glob("*.py")]
     hint = nearest(name, beside)
     return f"; {hint}" if hint.startswith("did you mean") else ""
-
-
-def _entry(tool: Any, policy: ToolPolicy) -> Entry:
-    """Everything that is worked out once for a tool. `ConfigError` if it is not fit to be called."""
-    for method, arguments in (("create", ("id",)), ("execute", ("id", {})), ("calc_reward", ("id",)), ("release", ("id",))):
-        function = getattr(tool, method, None)
-        if not callable(function):
-            raise ConfigError(f"tool '{tool.name}' has no method '{method}'")
-        if not inspect.iscoroutinefunction(inspect.unwrap(function)):
-            raise ConfigError(f"'{method}' of tool '{tool.name}' must be 'async def'")
-        try:
-            inspect.signature(function).bind_partial(*arguments)
-        except TypeError as error:
-            raise ConfigError(f"'{method}' of tool '{tool.name}' cannot be called as the registry does: {error}") from error
-    schema = ToolSchema.of(tool.tool_schema).to_dict()
-    parameters = schema["function"].get("parameters", {"type": "object", "properties": {}})
-    return Entry(tool, tool.name, schema, policy, ArgumentCheck(parameters), Gate(policy))

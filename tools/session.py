@@ -34,6 +34,11 @@ class ToolSession(ABC):
     def schemas(self) -> list[dict[str, Any]]:
         """OpenAI function schemas of the tools that this trajectory may call, in the registry's order."""
 
+    @property
+    def final(self) -> frozenset[str]:
+        """Names of the tools whose call, if it ends well, is the final answer."""
+        return frozenset()
+
     @abstractmethod
     async def open(self) -> None:
         """Create the tools' instances. Raises `ToolInfraError` if one cannot be created; what was created is released by
@@ -41,7 +46,7 @@ class ToolSession(ABC):
 
     @abstractmethod
     async def call(self, call: ToolCall, *, deadline: float) -> CallRecord:
-        """Run one call, with the tool's policies (timeout, concurrency, rate, retries). `deadline` is on the event loop's
+        """Run one call, with the tool's policies. `deadline` is on the event loop's
         clock and covers all of it, so that the tool is given up at `give_up_at`. Cancellation passes through, after the
         tool has been told."""
 

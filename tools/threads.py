@@ -1,4 +1,4 @@
-"""Blocking functions beside the event loop."""
+"""What a running call holds, and blocking functions beside the event loop."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 class Slot:
-    """A place under a tool's `max_concurrency`, held by the call and by every thread that the call started."""
+    """The places of one attempt (`max_concurrency`, the cluster's), held by it and by every thread that it started; and the
+    clock of its own running time, which stands still while it is `queueing`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, semaphore: asyncio.Semaphore | None) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._semaphore = semaphore
         self._holders = 1
+        self._places: list[Callable[[], None]] = []
+        self._started = monotonic()
+        self._queued = 0.0
+        self._queueing = 0
+        self._queueing_since = 0.0
+        self.waits: dict[str, float] = {}
+        """Seconds that it waited outside of the tool, by what for."""
+
+    def frees(self, give_back: Callable[[], None]) -> None:
+        """`give_back` is to be called when nobody holds the slot any more."""
+        self._places.append(give_back)
 
     def hold(self) -> None:
         self._holders += 1
@@ -26,8 +39,10 @@ class Slot:
     def let_go(self) -> None:
         """On the event loop's thread only."""
         self._holders -= 1
-        if self._holders == 0 and self._semaphore is not None:
-            self._semaphore.release()
+        if self._holders == 0:
+            places, self._places = self._places, []
+            for give_back in reversed(places):
+                give_back()
 
     def let_go_from_thread(self) -> None:
         try:
@@ -35,8 +50,48 @@ class Slot:
         except RuntimeError:  # the loop was closed before the thread ended; nobody waits any more
             return
 
+    # -- own time -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """The attempt begins to run now."""
+        self._started, self._queued = monotonic(), 0.0
+
+    @property
+    def queued(self) -> float:
+        """Seconds that it stood in a queue since `start`."""
+        return self._queued + (monotonic() - self._queueing_since if self._queueing else 0.0)
+
+    @property
+    def ran(self) -> float:
+        """Seconds that it ran since `start`."""
+        return monotonic() - self._started - self.queued
+
+    @contextmanager
+    def queueing(self) -> Iterator[None]:
+        if not self._queueing:
+            self._queueing_since = monotonic()
+        self._queueing += 1
+        try:
+            yield
+        finally:
+            self._queueing -= 1
+            if not self._queueing:
+                self._queued += monotonic() - self._queueing_since
+
 
 current_slot: contextvars.ContextVar[Slot | None] = contextvars.ContextVar("agentloop_tool_slot", default=None)
+
+
+@contextmanager
+def queueing() -> Iterator[None]:
+    """Round a wait inside `execute` for a place that others hold (a pool's, a lock's): it counts as the call's `queue_s` and
+    not against the tool's `timeout`. Its `deadline` runs on. On the event loop's thread only."""
+    slot = current_slot.get()
+    if slot is None:
+        yield
+        return
+    with slot.queueing():
+        yield
 
 
 async def run_blocking(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

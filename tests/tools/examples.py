@@ -85,7 +85,9 @@ class Flaky(BaseTool):
     def __init__(self, config: Any = None, tool_schema: Any = None) -> None:
         super().__init__(config, tool_schema)
         self.failures = int(self.config.get("failures", 1))
-        self.error: type[Exception] = {"infra": ToolInfraError, "value": ValueError}[self.config.get("error", "infra")]
+        self.error: type[Exception] = {"infra": ToolInfraError, "value": ValueError, "timeout": TimeoutError}[
+            self.config.get("error", "infra")
+        ]
         self.tries = 0
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> str:
