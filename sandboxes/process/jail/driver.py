@@ -1,0 +1,211 @@
+"""The interpreter inside: runs code, keeps its variables, and says how it went on a private descriptor.
+
+Everything in this process belongs to the code it runs, this module and the descriptor included. What it reports is therefore
+a claim about itself: the launcher takes from it no more than that, and judges limits, time and death on its own.
+
+A report is one `REPORT` struct and the value's bytes. A job is a `wire` frame: code, stdin.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import gc
+import io
+import linecache
+import os
+import resource
+import struct
+import sys
+import threading
+import traceback
+import types
+from typing import Any
+
+from . import wire
+
+REPORT = struct.Struct("!BBiQI")
+"""outcome, whether there is a value, exit code, length of the value, bytes of it that follow."""
+OK, RAISED, MEMORY, LEFT = range(4)
+MAX_VALUE = 16 * 2**20
+CHANNEL_FD = 900
+"""Where the private descriptor is: above what code that closes «all» descriptors usually reaches."""
+
+
+def set_limits(limits: dict[str, Any], *, whole: bool) -> None:
+    """Lower this process's rlimits for good; `whole`: it runs once, so that CPU time may be limited too."""
+    with open("/proc/self/statm") as f:
+        data = int(f.read().split()[5]) * resource.getpagesize()
+    hard = {
+        resource.RLIMIT_DATA: data + limits["memory_mb"] * 2**20,
+        resource.RLIMIT_NOFILE: limits["open_files"],
+        resource.RLIMIT_NPROC: limits["processes"],
+        resource.RLIMIT_FSIZE: limits["disk_mb"] * 2**20,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 64 * 1024,
+    }
+    if whole:
+        hard[resource.RLIMIT_CPU] = int(limits["cpu_s"]) + 2
+    for kind, value in hard.items():
+        most = resource.getrlimit(kind)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(kind, (value, value))
+
+
+def set_stdin(data: bytes) -> None:
+    """Make `data` what descriptor 0 reads: a file in memory, so that nobody has to feed a pipe."""
+    if data:
+        fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+    else:
+        fd = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(fd, 0)
+    if fd != 0:
+        os.close(fd)
+
+
+def _raw(fd: int, mode: str) -> io.FileIO:
+    return io.FileIO(fd, mode, closefd=False)
+
+
+def _outputs() -> tuple[io.TextIOWrapper, io.TextIOWrapper]:
+    """stdout and stderr; by lines, so that what a killed run printed is not lost with it."""
+    out, err = (
+        io.TextIOWrapper(io.BufferedWriter(_raw(fd, "wb")), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        for fd in (1, 2)
+    )
+    return out, err
+
+
+class Interpreter:
+    """One namespace, as a notebook's: `__main__`, kept between runs."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.runs = 0
+        self.main = types.ModuleType("__main__")
+        self.main.__dict__["__builtins__"] = __builtins__
+        sys.modules["__main__"] = self.main
+        self.outputs = _outputs()
+
+    def run(self, code: str, value_bytes: int) -> tuple[int, int, bytes | None, int]:
+        """Outcome, exit code, the value's first bytes and its length."""
+        self.runs += 1
+        name = f"<run {self.runs}>"
+        self._streams()
+        try:
+            value = self._execute(code, name)
+            text = None if value is None else repr(value).encode("utf-8", "backslashreplace")
+            outcome, left = OK, 0
+        except SystemExit as end:
+            text, (outcome, left) = None, self._left(end)
+        except MemoryError as error:
+            text, outcome, left = None, MEMORY, 1
+            self._show(error, name)
+        except BaseException as error:
+            text, outcome, left = None, RAISED, 1
+            self._show(error, name)
+        return outcome, left, None if text is None else text[:value_bytes], 0 if text is None else len(text)
+
+    def finish(self) -> None:
+        """What a Python process does at its end: wait for threads, call what `atexit` holds."""
+        try:
+            threading._shutdown()
+            atexit._run_exitfuncs()
+        except BaseException as error:
+            self._show(error, "")
+
+    def flush(self) -> None:
+        for stream in (sys.stdout, sys.stderr, *self.outputs):
+            try:
+                stream.flush()
+            except BaseException:  # noqa: S110 - whatever the code put there
+                pass
+
+    def _execute(self, code: str, name: str) -> Any:
+        try:
+            tree = compile(code, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        except MemoryError:  # the parser's word for its own depth
+            raise SyntaxError("too deeply nested") from None
+        linecache.cache[name] = (len(code), None, code.splitlines(True), name)
+        assert isinstance(tree, ast.Module)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        if tree.body:
+            exec(compile(tree, name, "exec", dont_inherit=True), self.main.__dict__)
+        if last is None:
+            return None
+        return eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), self.main.__dict__)
+
+    def _streams(self) -> None:
+        """Standard streams on descriptors 0 to 2: put back if the code replaced them, new if it closed them."""
+        if any(stream.closed for stream in self.outputs):
+            self.outputs = _outputs()
+        self.input = io.TextIOWrapper(io.BufferedReader(_raw(0, "rb")), encoding="utf-8", errors="replace")
+        sys.stdin, (sys.stdout, sys.stderr) = self.input, self.outputs
+        sys.__stdin__, (sys.__stdout__, sys.__stderr__) = self.input, self.outputs  # type: ignore[misc]
+
+    @staticmethod
+    def _left(end: SystemExit) -> tuple[int, int]:
+        if end.code is None:
+            return LEFT, 0
+        if isinstance(end.code, int):
+            return LEFT, end.code & 0xFF
+        print(end.code, file=sys.stderr)
+        return LEFT, 1
+
+    def _show(self, error: BaseException, name: str) -> None:
+        """A traceback without this module's frames."""
+        try:
+            trace = error.__traceback__
+            while trace is not None and trace.tb_frame.f_code.co_filename != name:
+                trace = trace.tb_next
+            sys.stderr.write("".join(traceback.format_exception(type(error), error, trace)))
+        except BaseException:
+            try:
+                os.write(2, f"{type(error).__name__}\n".encode())
+            except BaseException:  # noqa: S110
+                pass
+
+
+def serve(channel: int) -> None:
+    """Run jobs from `channel` until it ends. Never returns."""
+    interpreter: Interpreter | None = None
+    unpacker = wire.Unpacker()
+    while True:
+        data = os.read(channel, 1 << 20)
+        if not data:
+            os._exit(0)
+        for head, (code, stdin) in unpacker.feed(data):
+            if interpreter is None:
+                prepare(head)
+                interpreter = Interpreter()
+            _run(interpreter, channel, head, code, stdin)
+
+
+def prepare(head: dict[str, Any]) -> None:
+    """Before the first job: limits, and what the preloading process and its siblings would otherwise share."""
+    set_limits(head["limits"], whole=bool(head["once"]))
+    for name in [name for name in sys.modules if name == "jail" or name.startswith("jail.")]:
+        del sys.modules[name]
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+    gc.enable()
+
+
+def _run(interpreter: Interpreter, channel: int, head: dict[str, Any], code: bytes, stdin: bytes) -> None:
+    set_stdin(stdin)
+    outcome, left, value, length = interpreter.run(code.decode("utf-8", "replace"), min(head["value_bytes"], MAX_VALUE))
+    if os.getpid() != interpreter.pid:  # the code forked, and this is the child
+        interpreter.flush()
+        os._exit(left)
+    if head["once"]:
+        interpreter.finish()
+    interpreter.flush()
+    report = REPORT.pack(outcome, value is not None, left, length, len(value or b"")) + (value or b"")
+    view = memoryview(report)
+    while view:
+        view = view[os.write(channel, view) :]

@@ -1,0 +1,95 @@
+"""A control group, read and written through files that are already open: inside there is no path to them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+
+SLACK_MB = 8
+"""Above `memory_mb`, for pages that an interpreter shares with the zygote until it writes to them."""
+
+
+@dataclass
+class Group:
+    """Files by name: `memory`, `swap`, `peak`, `usage`, `events`, `pids`, `cpu`; those that there are."""
+
+    version: int = 0
+    """1, 2, or 0 for none."""
+    fds: dict[str, int] = field(default_factory=dict)
+    base: int = 0
+    """Bytes in use before any code ran."""
+    limited: tuple[int, int] | None = None
+
+    def settle(self) -> None:
+        """What is in use now is the place's own, not the code's."""
+        self.base = self._number("usage") or 0
+
+    def limit(self, memory_mb: int, processes: int) -> None:
+        """Hold what runs here to this much over all its processes. Raises `OSError` if it cannot be."""
+        if self.limited != (memory_mb, processes):
+            most = self.base + (memory_mb + SLACK_MB) * 2**20
+            if self.version == 1:  # memory and memory + swap: neither may ever pass the other
+                with contextlib.suppress(OSError):
+                    self._write("swap", most)
+            self._write("memory", most)
+            self._write("swap", most if self.version == 1 else 0)
+            self._write("pids", processes + 1)
+            self.limited = (memory_mb, processes)
+        with contextlib.suppress(OSError):  # v2 before Linux 6.12 keeps its peak
+            self._write("peak", 0)
+
+    def cpu_s(self) -> float | None:
+        """CPU seconds of all processes so far; from /proc where there is no group."""
+        if self.version == 0:
+            return _proc_cpu_s()
+        if self.version == 1:
+            value = self._number("cpu")
+            return None if value is None else value / 1e9
+        value = self._field("cpu", b"usage_usec")
+        return None if value is None else value / 1e6
+
+    def kills(self) -> int:
+        """Processes that were killed for memory so far."""
+        return self._field("events", b"oom_kill") or 0
+
+    def peak_mb(self) -> float | None:
+        value = self._number("peak")
+        return None if value is None else max(0, value - self.base) / 2**20
+
+    def _read(self, name: str) -> bytes:
+        return os.pread(self.fds[name], 4096, 0) if name in self.fds else b""
+
+    def _number(self, name: str) -> int | None:
+        try:
+            return int(self._read(name))
+        except (OSError, ValueError):
+            return None
+
+    def _field(self, name: str, key: bytes) -> int | None:
+        for line in self._read(name).splitlines():
+            words = line.split()
+            if len(words) == 2 and words[0] == key:
+                return int(words[1])
+        return None
+
+    def _write(self, name: str, value: int) -> None:
+        if name in self.fds:
+            os.pwrite(self.fds[name], str(value).encode(), 0)
+
+
+def _proc_cpu_s() -> float | None:
+    """Of all processes of this PID namespace but the first, and of those that it has reaped."""
+    ticks = 0
+    try:
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    with open(f"/proc/{name}/stat") as f:
+                        words = f.read().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                ticks += sum(map(int, words[13:15] if name == "1" else words[11:15]))
+    except OSError:
+        return None
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,135 @@
+"""The client's side of the `process` kind."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+from weakref import WeakSet
+
+from pydantic import Field, field_validator
+
+from agentloop.config import Strict
+from agentloop.errors import nearest
+from agentloop.sandboxes.base import Layer, Limits, Result, Sandbox, SandboxError, Status
+from agentloop.sandboxes.node import Node, connect
+from agentloop.sandboxes.process.layers import REQUIRED, STOPS, probe
+from agentloop.sandboxes.process.session import LANGUAGES, WireSession, wire_limits
+
+POOL = "agentloop.sandboxes.process.pool:Pool"
+
+
+class ProcessSession(WireSession):
+    """A place of the node's pool, held until it is closed."""
+
+
+class ProcessConfig(Strict):
+    """The pool's settings; sandboxes with the same ones share one pool a node."""
+
+    limits: Limits = Limits()
+    scope: Literal["node", "process"] = "node"
+    """`node`: one pool for all processes of this user on this machine. `process`: one for this sandbox object alone."""
+    max_sessions: int = Field(256, ge=1, le=4096)
+    """Places at once: open sessions and single runs together. Further ones wait."""
+    max_runs: int = Field(default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)), ge=1)
+    """Runs without a session at once."""
+    warm: int = Field(4, ge=0)
+    """Places that wait with an interpreter loaded."""
+    preload: list[str] = ["numpy", "sympy"]
+    """Modules that code finds imported already: importing them costs it nothing."""
+    require: list[str] = list(REQUIRED)
+    """Layers without which it refuses to start; `docs/sandboxes.md` says what each one stops."""
+    readable: list[str] = []
+    """Files and folders of the host, by absolute path, that code may read beside the system's and Python's."""
+    cpus: float | None = Field(1.0, gt=0)
+    """Processors that one place may use."""
+    idle_s: float = Field(10.0, gt=0)
+    """Seconds without a client after which the pool ends itself."""
+
+    @field_validator("require")
+    @classmethod
+    def _known_layers(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in STOPS:
+                raise ValueError(f"there is no layer {name!r}; {nearest(name, STOPS)}")
+        return names
+
+    @field_validator("readable")
+    @classmethod
+    def _absolute(cls, paths: list[str]) -> list[str]:
+        for path in paths:
+            if not os.path.isabs(path) or os.path.normpath(path) != path or path == "/":
+                raise ValueError(f"{path!r}: expected an absolute path without '..', and not '/'")
+        return paths
+
+    @field_validator("preload")
+    @classmethod
+    def _module_names(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise ValueError(f"{name!r} is no module's name")
+        return names
+
+
+class ProcessSandbox(Sandbox):
+    """Code in a process of its own, forked from a preloaded one; needs root."""
+
+    kind: ClassVar[str] = "process"
+    languages = LANGUAGES
+    Config = ProcessConfig
+
+    def __init__(self, config: ProcessConfig | None = None) -> None:
+        self.config = config or ProcessConfig()
+        self._node: Node | None = None
+        self._sessions: WeakSet[ProcessSession] = WeakSet()
+
+    async def start(self) -> None:
+        if self._node is None:
+            settings = self.config.model_dump(exclude={"scope", "idle_s"})
+            self._node = await connect(POOL, settings, scope=self.config.scope, idle_s=self.config.idle_s)
+
+    def session(self, limits: Limits | None = None) -> ProcessSession:
+        return self._session(limits, once=False)
+
+    def _session(self, limits: Limits | None, *, once: bool) -> ProcessSession:
+        session = ProcessSession(self._take, limits or self.config.limits, once=once)
+        self._sessions.add(session)
+        return session
+
+    async def run(
+        self,
+        code: str,
+        *,
+        language: str = "python",
+        stdin: str = "",
+        files: Mapping[str, str | bytes] | None = None,
+        fetch: Sequence[str] = (),
+        timeout: float | None = None,
+        limits: Limits | None = None,
+    ) -> Result:
+        session = self._session(limits, once=True)
+        try:
+            return await session.run(code, language=language, stdin=stdin, files=files, fetch=fetch, timeout=timeout)
+        except SandboxError as error:
+            return Result(Status.INFRA, error=str(error))
+        finally:
+            await session.close()
+
+    async def layers(self) -> list[Layer]:
+        if self._node is None:
+            return await probe()
+        return [Layer(*fields) for fields in await self._node.call("layers")]
+
+    async def close(self) -> None:
+        for session in tuple(self._sessions):
+            await session.close()
+        node, self._node = self._node, None
+        if node is not None:
+            await node.close()
+
+    async def _take(self, limits: Limits, once: bool) -> tuple[socket.socket, float]:
+        await self.start()
+        assert self._node is not None
+        answer, fds = await self._node.call_with_fds("open", {"limits": wire_limits(limits), "once": once})
+        return socket.socket(fileno=fds[0]), answer["queue_s"]
