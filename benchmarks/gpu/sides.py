@@ -31,6 +31,7 @@ from benchmarks.gpu.trace import (
     TracedParser,
     arguments,
     messages,
+    record,
 )
 
 PROMPT_LENGTH = 1024
@@ -160,6 +161,18 @@ class Agentloop:
             response_length=self._response_length,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+
+
+def response_length(model: Path, trace: Sequence[Conversation]) -> int:
+    """What the longest conversation needs, with some room for another template's glue, as a multiple of 256."""
+    from transformers import AutoTokenizer
+
+    from agentloop.chat import load_renderer
+    from agentloop.tools import ToolRegistry
+
+    renderer, schemas = load_renderer(AutoTokenizer.from_pretrained(model)), ToolRegistry.load(str(TOOLS), None).schemas
+    longest = max(record(c, 0, renderer, schemas).response_len for c in trace)
+    return -(-(longest + 64) // 256) * 256
 
 
 def check(pairs: Iterable[tuple[Conversation, Trajectory]]) -> None:

@@ -1,6 +1,6 @@
 """Multi-turn rollouts beside the raw engine and beside verl's `ToolAgentLoop`: one engine, one trace, one run.
 
-`python -m benchmarks.gpu.throughput [--only raw|verl|cache|tail|burst] [--trajectories N] [--scale S] [--budget-s SECONDS]`
+`python -m benchmarks.gpu.throughput [--only raw,verl,cache,tail,burst] [--trajectories N] [--scale S] [--budget-s SECONDS]`
 
 A model of Qwen3-8B's shape with random weights serves 256 conversations of up to 8 turns from a seeded trace
 (`benchmarks/gpu/trace.py`), with tools that answer at once and with log-normal delays. The sides take turns:
@@ -35,16 +35,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from agentloop.chat import load_renderer
 from agentloop.engines.base import Engine
-from agentloop.errors import AgentloopError, ConfigError
+from agentloop.errors import AgentloopError, ConfigError, nearest
 from agentloop.tools import ToolRegistry
 from agentloop.trajectory import EndReason, Trajectory
 from benchmarks.gpu.meter import GpuWatch, Meter, MeteredEngine
 from benchmarks.gpu.models import QWEN3_8B, TINY, random_model, write_model
-from benchmarks.gpu.sides import Agentloop, Rest, bare_loop, bias, reuse
+from benchmarks.gpu.sides import Agentloop, Rest, bare_loop, bias, response_length, reuse
 from benchmarks.gpu.throughput_aims import aims, quickest
-from benchmarks.gpu.trace import TOOLS, Conversation, Python, instant, make_trace, record, shortened
+from benchmarks.gpu.trace import TOOLS, Python, instant, make_trace, record, shortened
 from benchmarks.gpu.wire import Worker, Workers
 from benchmarks.report import RESULTS, report, save
 
@@ -57,6 +56,7 @@ SETTINGS: dict[str, Any] = {
     "disable_piecewise_cuda_graph": True,
     "log_level": "warning",
 }
+PARTS = ("raw", "verl", "cache", "tail", "burst")
 RATIO = 1.25
 """Groups that over-sampling asks for, over those that make a batch."""
 BURST, BURST_SCALE = 4096, 0.25
@@ -97,7 +97,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.began = args, folder, perf_counter()
         self.name = ("gpu_throughput" if args.engine == "sglang" else "throughput_local") + (
-            f"_{args.only}" if args.only else ""
+            "_" + "_".join(args.only) if args.only else ""
         )
         self.model = folder / "model"
         write_model(self.model, QWEN3_8B if args.engine == "sglang" else TINY)
@@ -107,7 +107,8 @@ class Bench:
         self.traces = {"instant": instant(with_delays), "delays": with_delays}
         self.planned = sum(conversation.tokens for conversation in with_delays)
         self._schemas = ToolRegistry.load(str(TOOLS), None).schemas
-        self.response_length = self._response_length(self.asked)
+        self.response_length = response_length(self.model, self.asked)
+        self.parts = args.only or ("raw", "verl")
         self.salt = 0
         self.gpu = GpuWatch()
         self._processes: dict[str, list[subprocess.Popen[bytes]]] = {}
@@ -137,14 +138,6 @@ class Bench:
     def longest_delays_s(self) -> float:
         """Of the conversation whose tools take longest: no pass with delays is quicker."""
         return max(conversation.delay_s for conversation in self.traces["delays"])
-
-    def _response_length(self, trace: Sequence[Conversation]) -> int:
-        """What the longest conversation needs, with some room for another template's glue, as a multiple of 256."""
-        from transformers import AutoTokenizer
-
-        renderer = load_renderer(AutoTokenizer.from_pretrained(self.model))
-        longest = max(record(c, 0, renderer, self._schemas).response_len for c in trace)
-        return -(-(longest + 64) // 256) * 256
 
     # -- running a side -------------------------------------------------------------------------------------------------
 
@@ -386,13 +379,13 @@ class Bench:
     async def run(self, started: Engine) -> None:
         engine = MeteredEngine(started)
         workers = Workers(engine)
-        only = self.args.only
+        parts = self.parts
         ours = Agentloop(engine, self.model, self.folder / "journal", self.response_length, "main")
         try:
             self.salt += 1
             await ours.run(shortened(self.traces["instant"]), self.salt)
             self.say("warm")
-            if only in (None, "verl"):  # before any side is timed: workers that start take processors from it
+            if "verl" in parts:  # before any side is timed: workers that start take processors from it
                 await workers.listen(self.folder / "engine.sock")
                 try:
                     await self.warm_workers(workers)
@@ -401,18 +394,18 @@ class Bench:
                     self._taken.clear()
                     self.figures.setdefault("not_run", {})["verl"] = str(error)
                     self.say(f"verl: {error}")
-            if only in (None, "raw"):
+            if "raw" in parts:
                 await self.beside_raw(engine, ours, "instant", repeats=self.args.repeats, bare=True)
             if self._taken:
                 await self.beside_verl(engine)
-            if only == "tail":
+            if "tail" in parts:
                 await self.long_tail(engine, ours)
-            if only == "burst":
+            if "burst" in parts:
                 await self.burst(engine, ours)
-            if only == "cache":
+            if "cache" in parts:
                 await self.beside_raw(engine, ours, "instant", repeats=1, bare=False)
-            if only in (None, "raw", "cache"):
-                await self.beside_raw(engine, ours, "delays", repeats=1, bare=only != "cache")
+            if "raw" in parts or "cache" in parts:
+                await self.beside_raw(engine, ours, "delays", repeats=1, bare="raw" in parts)
         finally:
             workers.close()
             self.gpu.close()
@@ -421,7 +414,7 @@ class Bench:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Throughput of multi-turn rollouts.")
-    parser.add_argument("--only", choices=["raw", "verl", "cache", "tail", "burst"], help="one comparison")
+    parser.add_argument("--only", type=lambda text: text.split(","), help=f"some of {','.join(PARTS)}; default: raw,verl")
     parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
     parser.add_argument("--trajectories", type=int, default=256)
     parser.add_argument("--group", type=int, default=8, help="siblings of a group, for over-sampling")
@@ -438,6 +431,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=300.0, help="no side starts that would end later than this")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --engine local runs/throughput")
     args = parser.parse_args(argv)
+    for part in args.only or ():
+        if part not in PARTS:
+            parser.error(f"--only: there is no '{part}'; {nearest(part, PARTS)}")
     if args.trajectories < args.group or args.trajectories % args.group:
         parser.error(f"--trajectories must be a multiple of --group ({args.group}), not {args.trajectories}")
     if args.results is None:
@@ -454,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         bench = Bench(args, Path(folder))
         try:
-            if args.only in (None, "verl"):
+            if args.only is None or "verl" in args.only:
                 bench.start_workers()
             engine = start_engine(args.engine, bench.model)
             bench.figures["start_s"] = round(perf_counter() - bench.began, 1)

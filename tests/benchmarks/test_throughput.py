@@ -140,6 +140,9 @@ def test_trajectories_that_make_no_whole_groups_are_refused(capsys: pytest.Captu
     with pytest.raises(SystemExit):
         arguments(["--trajectories", "12"])
     assert "--trajectories must be a multiple of --group (8), not 12" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        arguments(["--only", "raw,tial"])
+    assert "--only: there is no 'tial'; did you mean 'tail'?" in capsys.readouterr().err
 
 
 @pytest.mark.slow
