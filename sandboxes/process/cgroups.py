@@ -1,8 +1,8 @@
 """Control groups: where a place's limits over all its processes are held, version 1 or 2.
 
 Groups are made below the one that this process is in, so that the limits of a job or container hold for its sandboxes too.
-All of them are in `agentloop-sandbox-<number>/<place>`; the number is a lock that the pool holds while it lives, so that whoever
-takes the number next knows the folder to be a dead pool's and removes it.
+All of them are in `agentloop-sandbox-<number>/<place>`; the number is a lock that the pool holds while it lives, so that
+whoever takes the number next knows the folder to be a dead pool's and removes it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 UID_BASE, UIDS = 0x70000000, 4096
 """A pool's uids: `UIDS` from `UID_BASE` + its number times `UIDS`, above what distributions and systemd hand out."""
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
-ONE_THREAD = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 START_S = 60.0
 SPARE_S = 30.0
 """Seconds after which a place beyond the warm ones is given up."""
@@ -276,21 +276,25 @@ class Pool(Service):
     async def _zygote(self) -> Zygote:
         async with self.starting:
             if self.zygote is None or self.zygote.dead:
-                etc = {
-                    "passwd": "root:x:0:0::/:/bin/sh\n",
-                    "group": "root:x:0:\n",
-                    "hosts": "127.0.0.1 localhost\n",
-                    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
-                }
-                first = UID_BASE + self.number * UIDS
-                for uid in range(first, first + min(UIDS, self.settings["max_sessions"] + 8)):
-                    etc["passwd"] += f"sandbox:x:{uid}:{uid}::/home/sandbox/work:/bin/sh\n"
-                    etc["group"] += f"sandbox:x:{uid}:\n"
-                wanted = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *_sites(), *self.settings["readable"]]
-                readable = sorted({path for path in wanted if os.path.exists(path)}, key=lambda path: path.count("/"))
-                setup = {"readable": readable, "etc": etc, "sites": _sites(), "preload": self.settings["preload"]}
-                self.zygote = await Zygote.start({**setup, "root": str(run_folder())})
+                self.zygote = await Zygote.start(self._setup())
             return self.zygote
+
+    def _setup(self) -> dict[str, Any]:
+        """What the zygote makes its root of."""
+        etc = {
+            "passwd": "root:x:0:0::/:/bin/sh\n",
+            "group": "root:x:0:\n",
+            "hosts": "127.0.0.1 localhost\n",
+            "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+        }
+        first = UID_BASE + self.number * UIDS
+        for uid in range(first, first + self.settings["max_sessions"]):
+            etc["passwd"] += f"sandbox:x:{uid}:{uid}::/home/sandbox/work:/bin/sh\n"
+            etc["group"] += f"sandbox:x:{uid}:\n"
+        wanted = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *_sites(), *self.settings["readable"]]
+        readable = sorted({path for path in wanted if os.path.exists(path)}, key=lambda path: path.count("/"))
+        preload = self.settings["preload"]
+        return {"readable": readable, "etc": etc, "sites": _sites(), "preload": preload, "root": str(run_folder())}
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -36,11 +36,11 @@ class ProcessConfig(Strict):
     """Runs without a session at once."""
     warm: int = Field(4, ge=0)
     """Places that wait with an interpreter loaded."""
-    preload: list[str] = ["numpy", "sympy"]
+    preload: list[str] = Field(["numpy", "sympy"])
     """Modules that code finds imported already: importing them costs it nothing."""
-    require: list[str] = list(REQUIRED)
+    require: list[str] = Field(list(REQUIRED))
     """Layers without which it refuses to start; `docs/sandboxes.md` says what each one stops."""
-    readable: list[str] = []
+    readable: list[str] = Field([])
     """Files and folders of the host, by absolute path, that code may read beside the system's and Python's."""
     cpus: float | None = Field(1.0, gt=0)
     """Processors that one place may use."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import gc
 import io
 import linecache
@@ -113,17 +114,15 @@ class Interpreter:
     def finish(self) -> None:
         """What a Python process does at its end: wait for threads, call what `atexit` holds."""
         try:
-            threading._shutdown()
+            threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
         except BaseException as error:
             self._show(error, "")
 
     def flush(self) -> None:
         for stream in (sys.stdout, sys.stderr, *self.outputs):
-            try:
+            with contextlib.suppress(BaseException):  # whatever the code put there
                 stream.flush()
-            except BaseException:  # noqa: S110 - whatever the code put there
-                pass
 
     def _execute(self, code: str, name: str) -> Any:
         try:
@@ -132,10 +131,12 @@ class Interpreter:
             raise SyntaxError("too deeply nested") from None
         linecache.cache[name] = (len(code), None, code.splitlines(True), name)
         assert isinstance(tree, ast.Module)
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        last = tree.body[-1] if tree.body else None
+        if isinstance(last, ast.Expr):
+            tree.body.pop()
         if tree.body:
             exec(compile(tree, name, "exec", dont_inherit=True), self.main.__dict__)
-        if last is None:
+        if not isinstance(last, ast.Expr):
             return None
         return eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), self.main.__dict__)
 
@@ -164,10 +165,8 @@ class Interpreter:
                 trace = trace.tb_next
             sys.stderr.write("".join(traceback.format_exception(type(error), error, trace)))
         except BaseException:
-            try:
+            with contextlib.suppress(BaseException):
                 os.write(2, f"{type(error).__name__}\n".encode())
-            except BaseException:  # noqa: S110
-                pass
 
 
 def serve(channel: int) -> None:

@@ -6,6 +6,7 @@ leave the folder, whatever is renamed meanwhile. Nothing here blocks: what is no
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -48,10 +49,8 @@ def write(root: str, path: str, data: bytes, uid: int | None) -> None:
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         for _ in range(8):  # it may be made anew while it is replaced
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
-            except FileNotFoundError:
-                pass
             try:
                 fd = os.open(name, flags, 0o644, dir_fd=folder)
                 break

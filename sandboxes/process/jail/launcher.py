@@ -28,7 +28,7 @@ WORK = f"{HOME}/work"
 INODES = 8
 """Of the folder's own: itself, `work`, `tmp`, `shm`."""
 TICK_S = 0.05
-NO_RESULT = {
+NO_RESULT: dict[str, Any] = {
     **{"status": "error", "error": "", "exit_code": None, "value": False, "files": [], "state_lost": False},
     **{"stdout_cut": 0, "stderr_cut": 0, "value_cut": 0, "run_s": 0.0, "cpu_s": None, "peak_mb": None},
 }

@@ -37,7 +37,7 @@ LINKS = {
 def make_root(new: str, readable: list[str], etc: dict[str, str]) -> None:
     """Mount a new root at `new`, in a namespace of our own, and move into it."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount("sandbox", new, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=4m,mode=755")
+    kernel.mount("sandbox", new, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=8m,mode=755")
     bound: list[str] = []
     for path in readable:
         _bind_read_only(new, path, bound)
