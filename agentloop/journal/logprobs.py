@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from agentloop.journal.reader import Run
+from agentloop.journal.train_side import TrainedTrajectory
 
 
 class Agreement:
@@ -107,14 +108,14 @@ def run_logprobs(run: Run, step: int | None = None) -> dict[str, Any]:
     return {"expected": expected, "arrived": arrived, "missing": missing, "steps": figures}
 
 
-def _add(step: _Step, trajectory: Any) -> None:
+def _add(step: _Step, trajectory: TrainedTrajectory) -> None:
     step.trajectories += 1
     if not trajectory.recomputed:
         step.not_recomputed += 1
         return
-    trainer, rollout, versions = trajectory.old_log_probs, trajectory.rollout_log_probs, trajectory.weight_version
+    for turn in trajectory.recorded.turns:
+        step.versions += [version for version in (turn.min_weight_version, turn.weight_version) if version is not None]
+    trainer, rollout = trajectory.old_log_probs, trajectory.rollout_log_probs
     for index, place in trajectory.turns():
         step.turns.setdefault(index, Agreement()).add(trainer[place], rollout[place])
         step.all.add(trainer[place], rollout[place])
-        known = versions[place][versions[place] >= 0]
-        step.versions += [int(known.min()), int(known.max())] if len(known) else []

@@ -55,7 +55,7 @@ class TrainerRow:
     sibling: int
     response_ids: Any
     """Integers, (R,). Only their CRC-32 is stored."""
-    columns: Mapping[str, Any]
+    columns: dict[str, Any]
     """By names of `COLUMNS`, each (R,); every row of an update has the same names."""
 
 

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.gpu.quickstart sync|colocate_async|two_gpus|separate_async` trains (about 6 minutes, most of it
 start-up) and reports the held-out accuracy before and after, and per step how far the log-probabilities of rollout and
-trainer are apart, as verl measures it (`training/rollout_*`).
+trainer are apart: as verl measures it (`training/rollout_*`, of probabilities), and by turn from the run's train side
+(`logprobs_by_turn`: the trainer's step, the turn or `all`, then the figures of `agentloop logprobs`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agentloop.journal import Run
+from agentloop.journal.logprobs import run_logprobs
 from benchmarks.report import Aim, report
 
 CONFIG = "examples/quickstart/quickstart_gpu.yaml"
@@ -45,6 +48,7 @@ SHOWN = {
     "staleness_mean": r"trajectory_staleness/mean:np\.float64\(([\d.e+-]+)\)",
     "is_fraction_clipped_high": r"rollout_is_ratio_fraction_high:([\d.e+-]+)",
     "step_s": r"timing_s/step:([\d.e+-]+)",
+    "train_side_s": r"agentloop/train_side_s:([\d.e+-]+)",
     "gen_s": r"timing_s/gen:([\d.e+-]+)",
 }
 
@@ -59,7 +63,20 @@ def figures(run_dir: Path) -> dict[str, Any]:
         values = [round(float(match[1].rstrip(".")), 6) for match in found if match]
         if values:
             series[name] = values
-    return {"summary": json.loads((run_dir / "summary.json").read_text()), "per_step": series}
+    result = {"summary": json.loads((run_dir / "summary.json").read_text()), "per_step": series}
+    return result | logprobs_by_turn(run_dir)
+
+
+def logprobs_by_turn(run_dir: Path) -> dict[str, Any]:
+    """Trainer against rollout by the trainer's step and turn; nothing if the run has no train side."""
+    found = run_logprobs(Run(run_dir))
+    if not found["arrived"]:
+        return {}
+    return {
+        "logprobs_by_turn": {str(item["step"]): {**item["turns"], "all": item["all"]} for item in found["steps"]},
+        "logprobs_sampled_by": {str(item["step"]): item["sampled_by"] for item in found["steps"]},
+        "train_side_arrived": [found["arrived"], found["expected"]],
+    }
 
 
 def aims(result: dict[str, Any]) -> list[Aim]:
@@ -71,10 +88,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the quickstart with SGLang and report.")
     parser.add_argument("mode", choices=list(MODES))
     parser.add_argument("--run-dir", type=Path, default=None, help="default: runs/gpu_quickstart_MODE")
+    parser.add_argument("--no-train-side", action="store_true", help="do not record the trainer's log-probabilities")
     args = parser.parse_args()
     run_dir = args.run_dir or Path(f"runs/gpu_quickstart_{args.mode}")
     command = [sys.executable, "-m", "examples.quickstart.run", "--config", CONFIG, "--run-dir", str(run_dir)]
-    status = subprocess.run([*command, "--no-controls", *MODES[args.mode]], check=False).returncode
+    options = ["--no-controls", *([] if args.no_train_side else ["--train-side"])]
+    status = subprocess.run([*command, *options, *MODES[args.mode]], check=False).returncode
     if status:
         return status
     result = figures(run_dir)

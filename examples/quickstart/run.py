@@ -29,6 +29,7 @@ from agentloop.errors import ConfigError
 from agentloop.journal.format import Place
 from agentloop.journal.reader import Run, is_run
 from agentloop.journal.stats import StepSummary, summarise
+from agentloop.journal.train_side import FOLDER as TRAIN_SIDE
 from agentloop.trajectory import Trajectory
 from agentloop.verl.launch import make_plan
 from examples.quickstart import make_data
@@ -49,10 +50,12 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model's updates and every request")
     parser.add_argument("--no-controls", action="store_true", help="skip the evaluations without the tool and with a wrong one")
+    parser.add_argument("--train-side", action="store_true", help="record the trainer's log-probabilities and advantages too")
     parser.add_argument("overrides", nargs="*", help="key=value, verl's or agentloop's, as for `agentloop train`")
     args = parser.parse_args()
+    overrides = [*(["agentloop.train_side=true"] if args.train_side else []), *args.overrides]
     try:
-        return quickstart(args.config, args.run_dir, args.seed, args.overrides, with_controls=not args.no_controls)
+        return quickstart(args.config, args.run_dir, args.seed, overrides, with_controls=not args.no_controls)
     except ConfigError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
@@ -87,6 +90,7 @@ def quickstart(config: Path, run_dir: Path, seed: int, overrides: Sequence[str],
         f"agentloop ls {run_dir}",
         f"agentloop show {run_dir} --worst",
         f"agentloop stats {run_dir}",
+        *([f"agentloop logprobs {run_dir}"] if (run_dir / TRAIN_SIDE).is_dir() else []),
         f"tensorboard --logdir {run_dir / 'tensorboard'}",
     ):
         console.print(f"  {hint}", markup=False, highlight=False, soft_wrap=True)
