@@ -12,7 +12,11 @@ import typer
 
 from agentloop.errors import ConfigError, nearest
 
-_GROUPS = {"tools": "agentloop.commands.tools", "data": "agentloop.commands.data"}
+_GROUPS = {
+    "tools": "agentloop.commands.tools",
+    "data": "agentloop.commands.data",
+    "sandbox": "agentloop.commands.sandbox",
+}
 """Commands with subcommands: the module's `app`."""
 _COMMANDS = {
     "train": ("agentloop.commands.train", "train"),

@@ -676,7 +676,7 @@ class Watch:
         if time.monotonic() - self.began < 0.01:
             return self.cpu_s
         now = self.driver.counters.cpu_s()
-        return float("inf") if now is None else self.cpu_s - (now - self.cpu)
+        return float("inf") if now is None else self.cpu_s - now + self.cpu
 
     def feed(self, poll: select.poll) -> None:
         try:
