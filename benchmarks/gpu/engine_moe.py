@@ -80,7 +80,9 @@ async def scored(engine: Any, ids: list[int]) -> tuple[list[float], Any]:
 async def measure(kind: str, folder: Path) -> dict[str, Any]:
     from agentloop.engines.sglang import SGLangEngine
 
-    settings = {**SETTINGS, "dtype": "bfloat16", "enable_return_routed_experts": True}
+    # A small pool of keys and values, so that it runs beside other engines.
+    settings = {**SETTINGS, "mem_fraction_static": 0.6, "max_total_tokens": 131_072}
+    settings |= {"dtype": "bfloat16", "enable_return_routed_experts": True}
     engine = SGLangEngine.load(str(folder), settings=settings, ignore_eos=True)
     try:
         prompts = [prompt(8 + i, i) for i in range(REQUESTS)]

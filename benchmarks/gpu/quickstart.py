@@ -1,7 +1,7 @@
 """The quickstart's training through verl with SGLang on one or two GPUs: does it learn, and do the two sides agree?
 
-`python -m benchmarks.gpu.quickstart sync|colocate_async|two_gpus|separate_async` trains (about 6 minutes, most of it
-start-up) and reports the held-out accuracy before and after, and per step how far the log-probabilities of rollout and
+`python -m benchmarks.gpu.quickstart sync|sglang_async|colocate_async|two_gpus|separate_async` trains (about 6 minutes, most
+of it start-up) and reports the held-out accuracy before and after, and per step how far the log-probabilities of rollout and
 trainer are apart: as verl measures it (`training/rollout_*`, of probabilities), and by turn from the run's train side
 (`logprobs_by_turn`: the trainer's step, the turn or `all`, then the figures of `agentloop logprobs`).
 """
@@ -24,6 +24,7 @@ CONFIG = "examples/quickstart/quickstart_gpu.yaml"
 CORRECTION = ["algorithm.rollout_correction.rollout_is=token", "algorithm.rollout_correction.rollout_is_threshold=2.0"]
 MODES: dict[str, list[str]] = {
     "sync": [],
+    "sglang_async": ["actor_rollout_ref.rollout.name=sglang_async"],
     "colocate_async": ["trainer.v1.trainer_mode=colocate_async", *CORRECTION],
     "two_gpus": [
         "trainer.n_gpus_per_node=2",
