@@ -99,11 +99,8 @@ def load_reward(spec: str, kwargs: Mapping[str, Any] | None = None) -> RewardFun
     `name` is a function in verl's signature (`kwargs` then go into every call), an async function or object called with
     `(trajectory, sample, text)`, or a class of such objects (`kwargs` then go to its constructor).
     """
-    target, _, name = spec.rpartition(":")
-    if not target or not name:
-        raise ConfigError(f"reward '{spec}': expected package.module:name or path/to/file.py:name")
-    module = _load_file(spec, Path(target)) if target.endswith(".py") else _load_module(spec, target)
-    found = _attribute(spec, module, name)
+    found = load_object(spec)
+    name = spec.rpartition(":")[2]
     arguments = dict(kwargs or {})
     if inspect.isclass(found):
         _check_call(f"'{spec}'", found, arguments)
@@ -120,6 +117,15 @@ def load_reward(spec: str, kwargs: Mapping[str, Any] | None = None) -> RewardFun
     raise ConfigError(
         f"reward '{spec}': it takes ({', '.join(parameters)}), expected ({', '.join(_VERL)}) or ({', '.join(_OURS)})"
     )
+
+
+def load_object(spec: str) -> Any:
+    """What `spec` names: `package.module:name` or `path/to/file.py:name`. Raises `ConfigError`."""
+    target, _, name = spec.rpartition(":")
+    if not target or not name:
+        raise ConfigError(f"reward '{spec}': expected package.module:name or path/to/file.py:name")
+    module = _load_file(spec, Path(target)) if target.endswith(".py") else _load_module(spec, target)
+    return _attribute(spec, module, name)
 
 
 def _check_call(name: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
