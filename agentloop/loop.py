@@ -109,7 +109,7 @@ class _Run:
     """The engine's name for this trajectory."""
     parse_failures: int = 0
     text: str = ""
-    """Content of the last turn."""
+    """Content of the last turn, or what was submitted."""
 
 
 class AgentLoop:
@@ -272,6 +272,7 @@ class AgentLoop:
             calls = self._what_next(run, turn, parsed)
             transition(trajectory, State.CALLING_TOOLS)
             messages = await self._call_tools(run, turn, calls, parsed.errors)
+            self._end_if_submitted(run, turn)
             await self._append_observation(run, turn, sampled, messages)
             if len(trajectory.turns) >= config.max_turns:
                 raise _End(EndReason.TURN_LIMIT)
@@ -300,9 +301,21 @@ class AgentLoop:
                 self._not_run(run, turn, calls, "not run: the trajectory ended with a malformed call")
                 raise _End(EndReason.PARSE_FAILURE, errors[0])
         if config.final_turn_without_tools and turn.index + 1 >= config.max_turns:
-            self._not_run(run, turn, calls, "not run: this was the final turn")
-            raise _End(EndReason.TURN_LIMIT)
+            final = run.session.final if run.session is not None else ()
+            self._not_run(run, turn, [call for call in calls if call.name not in final], "not run: this was the final turn")
+            calls = [call for call in calls if call.name in final]
+            if not calls:
+                raise _End(EndReason.TURN_LIMIT)
         return calls
+
+    @staticmethod
+    def _end_if_submitted(run: _Run, turn: Turn) -> None:
+        """A call of a final tool that ended well is the answer; of several in one turn, the last."""
+        final = run.session.final if run.session is not None else ()
+        for record in reversed(turn.calls):
+            if record.status is CallStatus.OK and record.call.name in final:
+                run.text = record.text
+                raise _End(EndReason.FINAL_ANSWER)
 
     # -- generating -------------------------------------------------------------------------------------------------
 

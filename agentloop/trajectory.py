@@ -58,7 +58,7 @@ class EndReason(StrEnum):
     """Why a trajectory ended. Only `final_answer` is a finished one."""
 
     FINAL_ANSWER = "final_answer"
-    """The model closed a turn without calling a tool."""
+    """The model closed a turn without calling a tool, or called one that takes the final answer (`submit`)."""
     TURN_LIMIT = "turn_limit"
     """`max_turns` generations were made and the model still wanted a tool."""
     TOKEN_LIMIT = "token_limit"

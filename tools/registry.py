@@ -31,7 +31,12 @@ logger = logging.getLogger(__name__)
 
 SHIPPED = {
     "calculator": "agentloop.tools.calculator.Calculator",
+    "file": "agentloop.tools.file.File",
+    "python": "agentloop.tools.python.Python",
+    "mcp": "agentloop.tools.mcp.McpServer",
     "search": "agentloop.tools.search.Search",
+    "shell": "agentloop.tools.shell.Shell",
+    "submit": "agentloop.tools.submit.Submit",
 }
 """Short class names for the tools that come with agentloop."""
 

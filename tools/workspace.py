@@ -1,0 +1,167 @@
+"""Tools that work in a sandbox: one session for each trajectory, which all of them share.
+
+Tools with equal `sandbox` settings use one sandbox a process, and in one trajectory one session of it: what `file` writes,
+`python` and `shell` find. The session is opened by the first call, and closed when the last of the trajectory's tools is
+released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+from pydantic import Field
+
+from agentloop.config import Strict, validate
+from agentloop.errors import ToolInfraError
+from agentloop.sandboxes.base import Limits, Result, Sandbox, Session, Status
+from agentloop.sandboxes.load import load_sandbox
+from agentloop.tools.base import BaseTool
+from agentloop.tools.session import current_session
+from agentloop.tools.threads import queueing
+
+logger = logging.getLogger(__name__)
+
+
+class Workspace:
+    """The sandbox session of one trajectory."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.users = 0
+        """Tools that hold it."""
+        self.files: dict[str, str | bytes] = {}
+        """What it begins with, by path."""
+        self._session: Session | None = None
+        self._opening = asyncio.Lock()
+        self._used = False
+        self._lost = ""
+        self.notice = ""
+        """What the model is to be told with the next answer."""
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Session]:
+        """The session, opened if it is not. Raises `ToolInfraError` if there is none to be had.
+
+        After an infrastructure failure a session in which nothing had been done is replaced by the next call. One that held
+        variables or files is not: a model that finds them gone would answer for the sandbox's failure.
+        """
+        if self._lost:
+            raise ToolInfraError(self._lost)
+        try:
+            async with self._opening:
+                if self._session is None:
+                    session = self.sandbox.session()
+                    try:
+                        with queueing():
+                            await session.open()
+                        for path, data in self.files.items():
+                            await session.put(path, data)
+                    except BaseException:
+                        await session.close()
+                        raise
+                    self._session = session
+            yield self._session
+        except ToolInfraError as error:
+            await self._fail(str(error))
+            raise
+        except asyncio.CancelledError:
+            if self._session is not None:
+                self.notice = "An earlier run was stopped before it had ended; variables may be lost, files are kept."
+            raise
+        self._used = True
+
+    async def run(self, code: str, language: str) -> Result:
+        """As `Session.run`; raises `ToolInfraError` where that says `infra`."""
+        async with self.session() as session:
+            result = await session.run(code, language=language)
+            if result.status is Status.INFRA:
+                raise ToolInfraError(result.error or "the sandbox failed")
+            return result
+
+    def take_notice(self) -> str:
+        notice, self.notice = self.notice, ""
+        return notice
+
+    async def _fail(self, error: str) -> None:
+        session, self._session = self._session, None
+        if self._used and session is not None:
+            self._lost = f"the sandbox failed and what was done in it is lost: {error}"
+        if session is not None:
+            await session.close()
+
+    async def close(self) -> None:
+        self._lost = self._lost or "the sandbox session is closed"
+        if self._session is not None:
+            await self._session.close()
+
+
+class SandboxConfig(Strict):
+    """The part of a tool's `config` that all tools in a sandbox have."""
+
+    type: str = "native"
+    sandbox: str | dict[str, Any] = Field(default="process")
+    """A kind, or a mapping with `kind` and that kind's settings (`docs/sandboxes.md`)."""
+
+
+_sandboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Sandbox]] = WeakKeyDictionary()
+_workspaces: dict[tuple[str, str], Workspace] = {}
+"""By session of a registry and sandbox."""
+
+
+class SandboxTool(BaseTool):
+    """A tool whose calls run in the trajectory's sandbox session, one after the other."""
+
+    Config: ClassVar[type[SandboxConfig]] = SandboxConfig
+    parallel = False
+
+    def __init__(self, config: Mapping[str, Any] | None = None, tool_schema: Any = None) -> None:
+        self.settings: Any = validate(self.Config, config or {}, "config")
+        super().__init__(config, tool_schema)
+        sandbox = load_sandbox(self.settings.sandbox, where="key 'config.sandbox'")
+        self.languages = sandbox.languages
+        self.limits: Limits = sandbox.config.limits  # type: ignore[attr-defined]
+        given = {"kind": self.settings.sandbox} if isinstance(self.settings.sandbox, str) else self.settings.sandbox
+        self._key = json.dumps(given, sort_keys=True, default=str)
+        self.lane = f"sandbox {self._key}"
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The process's, for this tool's settings; each event loop has its own."""
+        loops = _sandboxes.setdefault(asyncio.get_running_loop(), {})
+        if self._key not in loops:
+            loops[self._key] = load_sandbox(self.settings.sandbox, where="key 'config.sandbox'")
+        return loops[self._key]
+
+    async def create(self, instance_id: str, files: Mapping[str, str | bytes] | None = None) -> None:  # type: ignore[override]
+        """`files`: what the session begins with, by path."""
+        key = (current_session.get() or uuid4().hex, self._key)
+        workspace = _workspaces.get(key)
+        if workspace is None:
+            workspace = _workspaces[key] = Workspace(self.sandbox)
+        workspace.users += 1
+        workspace.files.update(files or {})
+        self.instances[instance_id] = (key, workspace)
+
+    def workspace(self, instance_id: str) -> Workspace:
+        found: Workspace = self.instances[instance_id][1]
+        return found
+
+    async def release(self, instance_id: str, **kwargs: Any) -> None:
+        key, workspace = self.instances.pop(instance_id)
+        workspace.users -= 1
+        if not workspace.users:
+            _workspaces.pop(key, None)
+            await workspace.close()
+
+    async def close(self) -> None:
+        """Closes the sandbox, with all its sessions, for every tool that shares it; the next use makes another."""
+        sandbox = _sandboxes.get(asyncio.get_running_loop(), {}).pop(self._key, None)
+        if sandbox is not None:
+            await sandbox.close()
