@@ -667,7 +667,7 @@ class Watch:
         left_cpu = self.cpu_left()
         if left_cpu != float("inf"):
             wait = min(wait, max(0.01, left_cpu / (os.cpu_count() or 1)))
-        return max(0.0, wait) * 1000 + 1
+        return float(max(0.0, wait) * 1000 + 1)
 
     def cpu_left(self) -> float:
         """CPU seconds that it may still use; infinite if they are not counted."""

@@ -40,14 +40,14 @@ class DockerSession(Session):
             if self._in is not None:
                 return
             pool = await self._started()
-            place = await pool.place()
-            try:
-                self._container = await pool.container(self._limits)
-            except BaseException:
-                pool.leave(place)
-                raise
-            self._in, self._place = pool, place
+            self._place = await pool.place()
+            self._in = pool
             pool.sessions.add(self)
+            try:
+                await self._living()
+            except BaseException:
+                await self._give_up()
+                raise
 
     async def run(
         self,
@@ -150,13 +150,18 @@ class DockerSession(Session):
         if self._in is None:
             raise SandboxError("docker: the session is not open")
         if self._container is None:
-            self._container = await self._in.container(self._limits)
+            made = await self._in.container(self._limits)
+            if self._closed:
+                await made.remove()
+                raise SandboxError("docker: the session was closed")
+            self._container = made
             self._runs = 0
         return self._container
 
     async def _lost(self, began: float) -> Result:
         """What to say of a container that ended by itself, which is forgotten."""
-        assert self._container is not None
+        if self._container is None:
+            return Result(Status.INFRA, error="docker: the session was closed", state_lost=True)
         oom, why = await self._container.why_gone()
         await self._throw_away()
         status = Status.OOM if oom else Status.INFRA
@@ -182,6 +187,9 @@ class DockerSession(Session):
 
     async def close(self) -> None:
         self._closed = True
+        await self._give_up()
+
+    async def _give_up(self) -> None:
         pool, self._in = self._in, None
         if pool is None:
             return
