@@ -386,8 +386,7 @@ class AgentLoop:
                 await self._call_many(run, turn, now, deadline)
             self._not_run(run, turn, late, f"not run: limit of {config.max_parallel_calls} calls a turn")
         finally:
-            order = {call.id: place for place, call in enumerate(calls)}
-            turn.calls.sort(key=lambda record: order[record.call.id])
+            turn.calls.sort(key=lambda record: (len(record.call.id), record.call.id))  # as the model wrote them
             turn.tools_s = perf_counter() - started
         timed_out = any(record.status is CallStatus.TIMEOUT for record in turn.calls)
         if clock.time() >= (give_up_at(run.deadline, begun) if timed_out else run.deadline):

@@ -1,0 +1,276 @@
+"""`python`, `shell` and `file` in the real `process` sandbox: one session a trajectory, and what the model is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentloop.errors import ConfigError
+from agentloop.sandboxes.base import SandboxError
+from agentloop.sandboxes.load import load_sandbox
+from agentloop.tools import ToolRegistry
+from agentloop.tools.file import File
+from agentloop.tools.python import Python
+from agentloop.tools.registry import read_tools
+from agentloop.tools.shell import Shell
+from agentloop.trajectory import CallRecord, CallStatus
+from tests.tools.sessions import call, opened
+
+BOX: dict[str, Any] = {"kind": "process", "preload": [], "limits": {"timeout_s": 2, "memory_mb": 256, "output_bytes": 4000}}
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[ToolRegistry]:
+    config = {"sandbox": BOX}
+    registry = ToolRegistry.from_tools([Python(config), Shell(config), File({**config, "max_lines": 20})])
+    try:
+        async with load_sandbox(BOX):
+            yield registry
+    except SandboxError as error:
+        pytest.skip(f"no process sandbox here: {error}")
+    finally:
+        await registry.close()
+
+
+async def python(session: Any, code: str) -> CallRecord:
+    return await call(session, "python", {"code": code})
+
+
+async def shell(session: Any, command: str) -> CallRecord:
+    return await call(session, "shell", {"command": command})
+
+
+async def file(session: Any, action: str, path: str = ".", **arguments: Any) -> CallRecord:
+    return await call(session, "file", {"action": action, "path": path, **arguments})
+
+
+# -- one session ----------------------------------------------------------------------------------------------------------
+
+
+async def test_three_tools_see_the_same_files_and_another_trajectory_does_not(registry: ToolRegistry) -> None:
+    async with opened(registry) as one, opened(registry) as other:
+        assert (await file(one, "write", "notes/a.txt", content="from file\n")).status is CallStatus.OK
+        assert (await python(one, "text = open('notes/a.txt').read(); print(text, end='')")).text == "from file"
+        assert (await shell(one, "echo from shell >> notes/a.txt")).text == "[no output]"
+        assert (await python(one, "open('notes/a.txt').read() != text, len(text)")).text == "(True, 10)"
+        assert (await file(one, "read", "notes/a.txt")).text == "     1\tfrom file\n     2\tfrom shell"
+        assert (await file(one, "list")).text == "notes/\nnotes/a.txt (21 bytes)"
+        assert (await file(other, "list")).text == "The folder is empty."
+        assert "NameError" in (await python(other, "text")).text
+
+
+async def test_calls_of_one_turn_run_in_the_order_in_which_the_model_wrote_them(registry: ToolRegistry) -> None:
+    async with opened(registry) as session:
+        calls = [
+            python(session, "import time; time.sleep(0.2); open('a', 'w').write('1')"),
+            shell(session, "printf 2 >> a"),
+            file(session, "edit", "a", old="12", new="123"),
+            shell(session, "cat a"),
+        ]
+        assert (await asyncio.gather(*calls))[-1].text == "123"
+
+
+async def test_without_state_every_call_begins_anew_and_runs_beside_the_others(registry: ToolRegistry) -> None:
+    stateless = ToolRegistry.from_tools([Python({"sandbox": BOX, "stateful": False})])
+    assert "nothing is kept" in stateless.schemas[0]["function"]["description"]
+    rows = {"python": {"create_kwargs": {"files": {"data.txt": "given"}}}}
+    async with opened(stateless, tools_kwargs=rows) as session:
+        assert (await python(session, "x = 1; x")).text == "1"
+        assert "NameError" in (await python(session, "x")).text
+        assert (await python(session, "open('data.txt').read()")).text == "'given'"
+        wait = "import os, time; t = time.time(); time.sleep(0.4); print(t, time.time())"
+        spans = [tuple(map(float, r.text.split())) for r in await asyncio.gather(*[python(session, wait) for _ in range(2)])]
+        assert max(begin for begin, _ in spans) < min(end for _, end in spans)
+    await stateless.close()
+
+
+async def test_a_row_gives_the_session_files(registry: ToolRegistry) -> None:
+    rows = {"python": {"create_kwargs": {"files": {"data/t.csv": "a,b\n1,2\n"}}}}
+    async with opened(registry, tools_kwargs=rows) as session:
+        assert (await shell(session, "tail -n 1 data/t.csv")).text == "1,2"
+
+
+async def test_verls_loop_calls_it_without_a_session(registry: ToolRegistry) -> None:
+    tool = Python({"sandbox": BOX})
+    instance, _ = await tool.create()
+    response, _, _ = await tool.execute(instance, {"code": "6*7"}, agent_data=object())
+    await tool.release(instance)
+    assert response.text == "42" and tool.instances == {}
+
+
+# -- what the model is told -----------------------------------------------------------------------------------------------
+
+
+async def test_output_value_and_the_models_own_part_of_a_traceback(registry: ToolRegistry) -> None:
+    async with opened(registry) as session:
+        assert (await python(session, "print('a')\n6 * 7")).text == "a\n42"
+        assert (await python(session, "x = 1")).text == "[no output]"
+        assert (await python(session, "import sys; print('careful', file=sys.stderr); 3")).text == "careful\n3"
+        await file(session, "write", "lib.py", content="import json\n\ndef load(text):\n    return json.loads(text)\n")
+        record = await python(session, "import sys; sys.path.insert(0, '.')\nimport lib\nlib.load('{')")
+    assert record.status is CallStatus.ERROR and record.on_error == "observe"
+    assert "lib.load('{')" in record.text and "lib.py" in record.text and "return json.loads(text)" in record.text
+    assert "library code …]" in record.text and "json/decoder.py" not in record.text
+    assert record.text.endswith("line 1 column 2 (char 1)")
+
+
+@pytest.mark.parametrize(
+    ("tool", "code", "says", "lost"),
+    [
+        ("python", "while True: pass", "It ran longer than 2 s and was stopped; variables are lost, files are kept.", True),
+        ("python", "bytearray(10**9)", "It asked for more than 256 MiB of memory.", False),
+        ("python", "print('x' * 10**6)", "It wrote more than 4000 bytes of output and was stopped;", True),
+        ("python", "import os; os._exit(3)", "[Exit status 3; variables are lost, files are kept.]", True),
+        ("python", "y = (", "SyntaxError: '(' was never closed", False),
+        ("shell", "ls nowhere; exit 5", "[Exit status 5.]", False),
+        ("shell", "sleep 60", "It ran longer than 2 s and was stopped", None),
+        ("shell", "kill -9 $$", "[It was ended by signal 9.]", False),
+    ],
+)
+async def test_what_went_wrong_and_what_is_left(
+    registry: ToolRegistry, tool: str, code: str, says: str, lost: bool | None
+) -> None:
+    async with opened(registry) as session:
+        await python(session, "kept = 1; open('kept.txt', 'w').write('kept')")
+        record = await call(session, tool, {"code" if tool == "python" else "command": code})
+        assert (record.status, record.on_error, record.attempts) == (CallStatus.ERROR, "observe", 1)
+        assert says in record.text
+        told = "variables are lost" in record.text
+        assert lost is None or told == lost
+        assert ("NameError" in (await python(session, "kept")).text) == told
+        assert (await shell(session, "cat kept.txt")).text == "kept"
+
+
+async def test_long_output_keeps_beginning_and_end_and_says_what_is_missing(registry: ToolRegistry) -> None:
+    async with opened(registry) as session:
+        record = await python(session, "print('BEGIN', 'ä' * 100000, flush=True)")
+        assert record.text.startswith("BEGIN ä") and "bytes left out …]" in record.text and "\ufffd" not in record.text
+        value = await python(session, "'q' * 100_000")
+        assert value.text.startswith("'qqq") and value.text.endswith("more bytes]")
+
+
+async def test_the_registrys_timeout_stops_a_run_and_the_model_hears_of_it(registry: ToolRegistry) -> None:
+    short = ToolRegistry.from_tools([Python({"sandbox": BOX})], {"python": {"timeout": 0.5}})
+    async with opened(short) as session:
+        await python(session, "x = 1")
+        assert (await python(session, "import time; time.sleep(60)")).status is CallStatus.TIMEOUT
+        assert (await python(session, "1 + 1")).text == (
+            "[An earlier run was stopped before it had ended; variables may be lost, files are kept.]\n2"
+        )
+        assert (await python(session, "1 + 1")).text == "2"
+
+
+# -- file -------------------------------------------------------------------------------------------------------------------
+
+
+async def test_reading_by_lines(registry: ToolRegistry) -> None:
+    async with opened(registry) as session:
+        await file(session, "write", "long.txt", content="".join(f"line {n}\n" for n in range(1, 51)))
+        assert (await file(session, "read", "long.txt", start=3, end=4)).text == (
+            "     3\tline 3\n     4\tline 4\n[lines 3 to 4 of 50]"
+        )
+        assert (await file(session, "read", "long.txt")).text.endswith("[lines 1 to 20 of 50; read on with start=21]")
+        assert (await file(session, "read", "./long.txt", start=50)).text == "    50\tline 50\n[lines 50 to 50 of 50]"
+        await file(session, "write", "empty", content="")
+        assert (await file(session, "read", "empty")).text == "empty is empty."
+
+
+async def test_editing_needs_one_place(registry: ToolRegistry) -> None:
+    async with opened(registry) as session:
+        await file(session, "write", "a.py", content="def f():\n    return 1\n\ndef g():\n    return 1\n")
+        many = await file(session, "edit", "a.py", old="    return 1", new="    return 2")
+        assert (many.status, many.text) == (
+            CallStatus.ERROR,
+            "Error: 'old' occurs 2 times in a.py (lines 2, 5); give more of the text around it",
+        )
+        none = await file(session, "edit", "a.py", old="def  f():", new="def h():")
+        assert none.text == "Error: 'old' does not occur in a.py; the nearest is line 1: 'def f():'"
+        done = await file(session, "edit", "a.py", old="def g():\n    return 1", new="def g():\n    return 2")
+        assert done.text.startswith("Edited a.py; it now reads:") and "     5\t    return 2" in done.text
+        assert (await python(session, "exec(open('a.py').read()); f(), g()")).text == "(1, 2)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        ({"action": "read", "path": "../x"}, "error", "expected a path inside the working folder"),
+        ({"action": "read", "path": "/etc/passwd"}, "error", "expected a path inside the working folder"),
+        ({"action": "read", "path": "outside"}, "error", "Error: "),
+        ({"action": "read", "path": "nowhere"}, "error", "there is no file nowhere; use 'list'"),
+        ({"action": "read", "path": "folder"}, "error", "folder is a folder; use 'list'"),
+        ({"action": "list", "path": "nowhere"}, "error", "nowhere is not a folder"),
+        ({"action": "read", "path": "binary"}, "error", "binary is no text file (3 bytes"),
+        ({"action": "read", "path": "text", "start": 9}, "error", "text has 1 lines; line 9 is beyond its end"),
+        ({"action": "write", "path": "text/below", "content": "x"}, "error", "Error: "),
+        ({"action": "write", "path": "huge", "content": "x" * 80 * 2**20}, "error", "Error: huge: "),
+        ({"action": "write", "path": "x"}, "invalid_arguments", "'write' needs the argument 'content'"),
+        ({"action": "edit", "path": "text", "old": "t"}, "invalid_arguments", "'edit' needs the argument 'new'"),
+        ({"action": "raed"}, "invalid_arguments", "is not one of"),
+    ],
+)
+async def test_what_cannot_be_done_with_a_file(
+    registry: ToolRegistry, arguments: dict[str, Any], status: str, says: str
+) -> None:
+    async with opened(registry) as session:
+        await shell(session, "mkdir folder; printf '\\377\\376x' > binary; echo t > text; ln -s /etc/passwd outside")
+        record = await call(session, "file", arguments)
+        assert (record.status, says in record.text, "root:" in record.text) == (status, True, False), record.text
+        assert (await shell(session, "cat text")).text == "t", "the session goes on"
+
+
+# -- failures of the sandbox ------------------------------------------------------------------------------------------------
+
+
+async def test_a_sandbox_that_cannot_be_had_is_no_fault_of_the_model(tmp_path: Path) -> None:
+    gone = {"sandbox": {"kind": "docker", "host": f"unix://{tmp_path}/nobody.sock"}}
+    pytest.importorskip("docker", reason="the docker package is not installed")
+    for config in (gone, {**gone, "stateful": False}):
+        registry = ToolRegistry.from_tools([Python(config)], {"python": {"retries": 1}})
+        async with opened(registry) as session:
+            record = await python(session, "1")
+            assert (record.status, record.attempts) == (CallStatus.INFRA, 2)
+        await registry.close()
+
+
+async def test_work_that_a_failed_sandbox_lost_is_not_silently_begun_anew(registry: ToolRegistry) -> None:
+    box = registry.tools[0].sandbox  # type: ignore[attr-defined]
+    async with opened(registry) as session:
+        await python(session, "x = 1")
+        await box.close()
+        for _ in range(2):
+            record = await python(session, "x")
+            assert (
+                record.status is CallStatus.INFRA and "what was done in it is lost" in record.text
+            ) or "closed" in record.text
+        assert (await file(session, "list")).status is CallStatus.INFRA
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("{class_name: python, config: {statful: true}}", "config: unknown key 'statful'; did you mean 'stateful'?"),
+        ("{class_name: python, config: {sandbox: proces}}", "there is no sandbox of kind 'proces'; did you mean 'process'?"),
+        ("{class_name: file, config: {sandbox: {}}}", "key 'config.sandbox': key 'kind' is missing"),
+        (
+            "{class_name: shell, config: {sandbox: {kind: process, limits: {timeout: 3}}}}",
+            "key 'config.sandbox': unknown key 'limits.timeout'; did you mean 'timeout_s'?",
+        ),
+        ("{class_name: shell, config: {shell: zsh}}", "config: key 'shell': input should be 'bash' or 'sh', got 'zsh'"),
+        ("{class_name: file, config: {max_lines: 0}}", "key 'max_lines'"),
+        ("{class_name: submit, config: {a: 1}}", "unknown key 'a'"),
+    ],
+)
+def test_lint_finds_wrong_settings_before_anything_starts(tmp_path: Path, entry: str, says: str) -> None:
+    path = tmp_path / "tools.yaml"
+    path.write_text(f"tools:\n  - {entry}\n")
+    _, problems = read_tools(path)
+    assert len(problems) == 1 and says in problems[0]
+    with pytest.raises(ConfigError):
+        ToolRegistry.from_yaml(path)
