@@ -146,9 +146,11 @@ class Groups:
     def make(self, place: str) -> dict[str, int]:
         """A group; its files, open, by the names that `jail.group` knows."""
         fds = {}
+        for at, top in enumerate(sorted(set(self.tree.folders(self.name).values()))):
+            (top / place).mkdir(exist_ok=True)
+            fds[f"procs{at}"] = os.open(top / place / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         for controller, top in self.tree.folders(self.name).items():
             folder = top / place
-            folder.mkdir(exist_ok=True)
             if self.tree.version == 1:
                 names = V1[controller]
             else:
@@ -169,11 +171,6 @@ class Groups:
                     (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
                     (folder / "cpu.cfs_quota_us").write_text(str(quota))
         return fds
-
-    def enter(self, place: str, pid: int) -> None:
-        """Move a process in; what it forks is born there."""
-        for folder in set(self.tree.folders(self.name).values()):
-            (folder / place / "cgroup.procs").write_text(str(pid))
 
     def remove(self, place: str | None = None) -> None:
         """Remove one group, or all. Their processes are dead, but the kernel may take a moment to notice."""

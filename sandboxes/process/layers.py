@@ -28,6 +28,13 @@ REQUIRED = tuple(name for name in STOPS if name not in ("landlock", "cgroup cpu"
 """Without one of these an attack would succeed; the other two are a second fence and a matter of fairness."""
 
 
+NEEDS = {
+    "process": ("root, and control groups that it may write", "'bubblewrap' or 'docker'"),
+    "bubblewrap": ("the program bwrap, and unprivileged user namespaces", "'docker' or 'remote'"),
+}
+"""By kind: what it needs, and what to take instead."""
+
+
 def boot(module: str) -> list[str]:
     """A command that runs `jail.<module>`'s `main` in the interpreter below any virtual environment, on nothing of ours
     but the jail's own folder. Its arguments are integers."""
@@ -58,12 +65,13 @@ async def probe() -> list[Layer]:
     return [Layer(name, not reasons[name], stops, reasons[name] or details[name]) for name, stops in STOPS.items()]
 
 
-def check(layers: list[Layer], required: list[str]) -> None:
+def check(layers: list[Layer], required: list[str], kind: str) -> None:
     """`SandboxError` unless all that are required are active."""
     missing = [layer for layer in layers if layer.name in required and not layer.active]
     if missing:
         named = "; ".join(f"{layer.name} ({layer.detail})" for layer in missing)
+        needs, other = NEEDS[kind]
         raise SandboxError(
-            f"the sandbox kind 'process' cannot start: missing is {named}. It needs root and control groups that it may write; "
-            "take the kind 'bubblewrap' or 'docker', or name in `require` the layers that you can do with"
+            f"the sandbox kind '{kind}' cannot start: missing is {named}. It needs {needs}; "
+            f"take the kind {other}, or leave out of `require` what you can do without"
         )

@@ -23,7 +23,7 @@ from typing import Any
 
 from agentloop.sandboxes.base import SandboxError
 from agentloop.sandboxes.node import Client, Reply, Service, run_folder
-from agentloop.sandboxes.process import cgroups
+from agentloop.sandboxes.process import bwrap, cgroups
 from agentloop.sandboxes.process.layers import base_python, boot, check, probe
 
 log = logging.getLogger(__name__)
@@ -61,8 +61,9 @@ class Pool(Service):
     """Settings: those of `ProcessSandbox.Config` that are the pool's."""
 
     async def start(self) -> None:
-        self.layers = await probe()
-        check(self.layers, self.settings["require"])
+        self.bubblewrap = self.settings["kind"] == "bubblewrap"
+        self.layers = await (bwrap.probe() if self.bubblewrap else probe())
+        check(self.layers, self.settings["require"], self.settings["kind"])
         self.active = {layer.name for layer in self.layers if layer.active}
         self.number, self.lock = _number()
         self.groups = cgroups.Groups(cgroups.find(), self.number, self.settings["cpus"])
@@ -199,7 +200,6 @@ class Pool(Service):
             fds = self.groups.make(place.name)
             plan = {
                 "uid": UID_BASE + self.number * UIDS + number if "own uid" in self.active else None,
-                "mount": True,
                 "landlock": "landlock" in self.active,
                 "seccomp": "seccomp" in self.active,
                 "disk_mb": self.settings["limits"]["disk_mb"],
@@ -212,10 +212,8 @@ class Pool(Service):
             finally:
                 for fd in fds.values():
                     os.close(fd)
-            self.groups.enter(place.name, place.pid)
             ours.setblocking(False)
             loop = asyncio.get_running_loop()
-            await loop.sock_sendall(ours, b"!")  # it is where its limits hold: it may go on
             async with asyncio.timeout(START_S):
                 if not await loop.sock_recv(ours, 64):
                     raise SandboxError(f"a place ended while it was made; see the log in {run_folder()}")
@@ -276,7 +274,7 @@ class Pool(Service):
     async def _zygote(self) -> Zygote:
         async with self.starting:
             if self.zygote is None or self.zygote.dead:
-                self.zygote = await Zygote.start(self._setup())
+                self.zygote = await Zygote.start(self._setup(), bubblewrap=self.bubblewrap)
             return self.zygote
 
     def _setup(self) -> dict[str, Any]:
@@ -288,13 +286,14 @@ class Pool(Service):
             "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
         }
         first = UID_BASE + self.number * UIDS
-        for uid in range(first, first + self.settings["max_sessions"]):
+        for uid in [bwrap.UID] if self.bubblewrap else range(first, first + self.settings["max_sessions"]):
             etc["passwd"] += f"sandbox:x:{uid}:{uid}::/home/sandbox/work:/bin/sh\n"
             etc["group"] += f"sandbox:x:{uid}:\n"
         wanted = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *_sites(), *self.settings["readable"]]
         readable = sorted({path for path in wanted if os.path.exists(path)}, key=lambda path: path.count("/"))
         preload = self.settings["preload"]
-        return {"readable": readable, "etc": etc, "sites": _sites(), "preload": preload, "root": str(run_folder())}
+        setup = {"readable": readable, "etc": etc, "sites": _sites(), "preload": preload, "root": str(run_folder())}
+        return {**setup, "env": ONE_THREAD}
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -315,20 +314,27 @@ class Zygote:
         self._text = b""
 
     @classmethod
-    async def start(cls, setup: dict[str, Any]) -> Zygote:
+    async def start(cls, setup: dict[str, Any], *, bubblewrap: bool) -> Zygote:
         """Execute one and wait until it is loaded."""
         ours, theirs = socket.socketpair()
-        env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **ONE_THREAD}
-        with theirs:
-            process = subprocess.Popen(  # noqa: ASYNC220 - a light process starts a light process
-                [*boot("zygote"), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,
-                stderr=sys.stderr,
-                pass_fds=[theirs.fileno()],
-                cwd="/",
-                env=env,
-            )
+        etc: dict[str, int] = {}
+        line = [*boot("zygote"), str(theirs.fileno())]
+        if bubblewrap:
+            etc = {name: _text_file(text) for name, text in setup["etc"].items()}
+            line = bwrap.command(setup["readable"], etc, [*bwrap.inside("zygote"), str(theirs.fileno())])
+            setup = {**setup, "root": None}
+        process = subprocess.Popen(  # noqa: ASYNC220 - a light process starts a light process
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            stderr=sys.stderr,
+            pass_fds=[theirs.fileno(), *etc.values()],
+            cwd="/",
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        )
+        theirs.close()
+        for fd in etc.values():
+            os.close(fd)
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
         zygote = cls(process, ours)
@@ -399,6 +405,13 @@ class Zygote:
 
     async def stop(self) -> None:
         self._die()
+
+
+def _text_file(text: str) -> int:
+    fd = os.memfd_create("etc")
+    os.write(fd, text.encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def _sites() -> list[str]:

@@ -1,4 +1,4 @@
-"""The client's side of the `process` kind."""
+"""The client's side of the kinds whose places a zygote on this node forks: `process`, and `bubblewrap`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from agentloop.sandboxes.process.session import LANGUAGES, WireSession, wire_lim
 POOL = "agentloop.sandboxes.process.pool:Pool"
 
 
-class ProcessSession(WireSession):
+class PoolSession(WireSession):
     """A place of the node's pool, held until it is closed."""
 
 
-class ProcessConfig(Strict):
+class PoolConfig(Strict):
     """The pool's settings; sandboxes with the same ones share one pool a node."""
 
     limits: Limits = Limits()
@@ -38,7 +38,7 @@ class ProcessConfig(Strict):
     """Places that wait with an interpreter loaded."""
     preload: list[str] = Field(["numpy", "sympy"])
     """Modules that code finds imported already: importing them costs it nothing."""
-    require: list[str] = Field(list(REQUIRED))
+    require: list[str] = Field([])
     """Layers without which it refuses to start; `docs/sandboxes.md` says what each one stops."""
     readable: list[str] = Field([])
     """Files and folders of the host, by absolute path, that code may read beside the system's and Python's."""
@@ -46,14 +46,6 @@ class ProcessConfig(Strict):
     """Processors that one place may use."""
     idle_s: float = Field(10.0, gt=0)
     """Seconds without a client after which the pool ends itself."""
-
-    @field_validator("require")
-    @classmethod
-    def _known_layers(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in STOPS:
-                raise ValueError(f"there is no layer {name!r}; {nearest(name, STOPS)}")
-        return names
 
     @field_validator("readable")
     @classmethod
@@ -72,28 +64,29 @@ class ProcessConfig(Strict):
         return names
 
 
-class ProcessSandbox(Sandbox):
-    """Code in a process of its own, forked from a preloaded one; needs root."""
+class PoolSandbox(Sandbox):
+    """Code in places of the node's pool."""
 
-    kind: ClassVar[str] = "process"
     languages = LANGUAGES
-    Config = ProcessConfig
 
-    def __init__(self, config: ProcessConfig | None = None) -> None:
-        self.config = config or ProcessConfig()
+    def __init__(self, config: PoolConfig) -> None:
+        self.config = config
         self._node: Node | None = None
-        self._sessions: WeakSet[ProcessSession] = WeakSet()
+        self._sessions: WeakSet[PoolSession] = WeakSet()
+
+    async def _probe(self) -> list[Layer]:
+        raise NotImplementedError
 
     async def start(self) -> None:
         if self._node is None:
-            settings = self.config.model_dump(exclude={"scope", "idle_s"})
+            settings = {"kind": self.kind, **self.config.model_dump(exclude={"scope", "idle_s"})}
             self._node = await connect(POOL, settings, scope=self.config.scope, idle_s=self.config.idle_s)
 
-    def session(self, limits: Limits | None = None) -> ProcessSession:
+    def session(self, limits: Limits | None = None) -> PoolSession:
         return self._session(limits, once=False)
 
-    def _session(self, limits: Limits | None, *, once: bool) -> ProcessSession:
-        session = ProcessSession(self._take, limits or self.config.limits, once=once)
+    def _session(self, limits: Limits | None, *, once: bool) -> PoolSession:
+        session = PoolSession(self._take, limits or self.config.limits, once=once)
         self._sessions.add(session)
         return session
 
@@ -118,7 +111,7 @@ class ProcessSandbox(Sandbox):
 
     async def layers(self) -> list[Layer]:
         if self._node is None:
-            return await probe()
+            return await self._probe()
         return [Layer(*fields) for fields in await self._node.call("layers")]
 
     async def close(self) -> None:
@@ -133,3 +126,31 @@ class ProcessSandbox(Sandbox):
         assert self._node is not None
         answer, fds = await self._node.call_with_fds("open", {"limits": wire_limits(limits), "once": once})
         return socket.socket(fileno=fds[0]), answer["queue_s"]
+
+
+class ProcessConfig(PoolConfig):
+    """The pool's settings; sandboxes with the same ones share one pool a node."""
+
+    require: list[str] = Field(list(REQUIRED))
+    """Layers without which it refuses to start; `docs/sandboxes.md` says what each one stops."""
+
+    @field_validator("require")
+    @classmethod
+    def _known_layers(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in STOPS:
+                raise ValueError(f"there is no layer {name!r}; {nearest(name, STOPS)}")
+        return names
+
+
+class ProcessSandbox(PoolSandbox):
+    """Code in a process of its own, forked from a preloaded one; needs root."""
+
+    kind: ClassVar[str] = "process"
+    Config = ProcessConfig
+
+    def __init__(self, config: ProcessConfig | None = None) -> None:
+        super().__init__(config or ProcessConfig())
+
+    async def _probe(self) -> list[Layer]:
+        return await probe()

@@ -12,18 +12,28 @@ SLACK_MB = 8
 
 @dataclass
 class Group:
-    """Files by name: `memory`, `swap`, `peak`, `usage`, `events`, `pids`, `cpu`; those that there are."""
+    """Files by name: `memory`, `swap`, `peak`, `usage`, `events`, `pids`, `cpu`, `procs…`; those that there are."""
 
     version: int = 0
     """1, 2, or 0 for none."""
     fds: dict[str, int] = field(default_factory=dict)
     base: int = 0
-    """Bytes in use before any code ran."""
+    """Bytes in use before any code ran; without a group: those of one process, shared or not."""
     limited: tuple[int, int] | None = None
+
+    def enter(self) -> None:
+        """Move this process in; what it forks is born there."""
+        for name in [name for name in self.fds if name.startswith("procs")]:
+            self._write(name, 0)
+            os.close(self.fds.pop(name))
 
     def settle(self) -> None:
         """What is in use now is the place's own, not the code's."""
         self.base = self._number("usage") or 0
+        if self.version == 0:
+            with open("/proc/self/statm") as f:
+                words = f.read().split()
+            self.base = (int(words[1]) - int(words[2])) * os.sysconf("SC_PAGE_SIZE")
 
     def limit(self, memory_mb: int, processes: int) -> None:
         """Hold what runs here to this much over all its processes. Raises `OSError` if it cannot be."""
@@ -56,6 +66,25 @@ class Group:
     def peak_mb(self) -> float | None:
         value = self._number("peak")
         return None if value is None else max(0, value - self.base) / 2**20
+
+    def excess(self, memory_mb: int, processes: int, home: str) -> str:
+        """What is over its limit now, `memory` or `processes`: a watch, where the kernel does not hold them itself."""
+        memory = None if "memory" in self.fds else memory_mb
+        count = None if "pids" in self.fds else processes
+        if memory is None and count is None:
+            return ""
+        pages, found = 0, 0
+        for name in os.listdir("/proc"):
+            if name.isdigit() and name != "1":
+                with contextlib.suppress(OSError), open(f"/proc/{name}/statm") as f:
+                    words = f.read().split()
+                    pages += int(words[1]) - int(words[2])  # without what is shared: files, mostly
+                    found += 1
+        disk = os.statvfs(home)
+        used = pages * os.sysconf("SC_PAGE_SIZE") + (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        if memory is not None and used > found * self.base + memory * 2**20:
+            return "memory"
+        return "processes" if count is not None and found > count else ""
 
     def _read(self, name: str) -> bytes:
         return os.pread(self.fds[name], 4096, 0) if name in self.fds else b""

@@ -40,9 +40,7 @@ class Plan:
     """How a place is held; from the pool, as JSON."""
 
     uid: int | None
-    """Who the code is; `None`: whoever the launcher is (there is no other in an unprivileged user namespace)."""
-    mount: bool
-    """Whether to mount a fresh folder in memory for every lease; otherwise the place serves one lease only."""
+    """Who the code is; `None`: whoever the launcher is, as there is no other in an unprivileged user namespace."""
     landlock: bool
     seccomp: bool
     disk_mb: int
@@ -120,15 +118,17 @@ class Place:
         self.ruleset = kernel.landlock_ruleset(os.path.dirname(HOME)) if plan.landlock else -1
         self.wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # PID 1 is out of its children's reach but for what it handles
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
     # --- the pool's side ---
 
     def prepare(self) -> None:
-        """A fresh folder and an interpreter that waits for code."""
-        if self.plan.mount:
-            options = f"size={self.plan.disk_mb}m,nr_inodes={self.plan.files + INODES},mode=755"
-            kernel.mount("tmpfs", HOME, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+        """A fresh folder, fresh shared memory and an interpreter that waits for code."""
+        kernel.unshare(kernel.CLONE_NEWIPC)
+        options = f"size={self.plan.disk_mb}m,nr_inodes={self.plan.files + INODES},mode=755"
+        kernel.mount("tmpfs", HOME, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
         for name in ("work", "tmp", "shm"):
             os.mkdir(f"{HOME}/{name}", 0o700)
             if self.plan.uid is not None:
@@ -139,7 +139,7 @@ class Place:
         """Serve one session to its end, then leave nothing of it."""
         self.session, self.limits, self.unpacker, self.requests = session, limits, wire.Unpacker(), []
         try:
-            if self.plan.mount and (limits["disk_mb"], limits["files"]) != (self.plan.disk_mb, self.plan.files):
+            if (limits["disk_mb"], limits["files"]) != (self.plan.disk_mb, self.plan.files):
                 options = f"size={limits['disk_mb']}m,nr_inodes={limits['files'] + INODES}"
                 kernel.mount("tmpfs", HOME, None, kernel.MS_REMOUNT | kernel.MS_NOSUID | kernel.MS_NODEV, options)
             self.group.limit(limits["memory_mb"], limits["processes"])
@@ -152,12 +152,8 @@ class Place:
         finally:
             session.close()
             self.session = None
-            if self.plan.mount:
-                self.clean()
-
-    def clean(self) -> None:
-        self._kill_all()
-        kernel.umount(HOME, kernel.MNT_DETACH)
+            self._kill_all()
+            kernel.umount(HOME, kernel.MNT_DETACH)
 
     def _request(self) -> tuple[dict[str, Any], list[bytes]]:
         while not self.requests:
@@ -256,6 +252,7 @@ class Place:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
             f.write("1000")
@@ -263,6 +260,9 @@ class Place:
             os.setgroups([])
             os.setresgid(self.plan.uid, self.plan.uid, self.plan.uid)
             os.setresuid(self.plan.uid, self.plan.uid, self.plan.uid)
+        else:
+            kernel.own_user_namespace()
+        kernel.drop_capabilities()
         os.chdir(WORK)
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         if self.ruleset >= 0:
@@ -326,10 +326,10 @@ class Place:
         else:
             child = self._fork([SHELLS[head["language"]], "-c", code.decode("utf-8", "replace")], limits, stdin)
             job = b""
-        run = Run(self, child, job, limits["output_bytes"], began + head["timeout"], cpu, limits["cpu_s"])
+        run = Run(self, child, job, limits, began + head["timeout"], cpu)
         end = run.go()
         oom = self.group.kills() > kills
-        killed = end in ("timeout", "cpu", "output", "cancelled")
+        killed = end not in ("report", "exit")
         lost = python and (killed or child.exited is not None) and not once
         if once or killed:
             self._kill_all()
@@ -338,7 +338,7 @@ class Place:
             self.interpreter = None
         if not python:
             child.close()
-        answer = run.verdict(end, oom, limits)
+        answer = run.verdict(end, oom)
         answer |= {"state_lost": lost, "run_s": time.monotonic() - began, "peak_mb": self.group.peak_mb()}
         now = self.group.cpu_s()
         answer["cpu_s"] = None if cpu is None or now is None else max(0.0, now - cpu)
@@ -362,9 +362,10 @@ class Place:
 class Run:
     """One run of a child, watched."""
 
-    def __init__(self, place: Place, child: Child, job: bytes, cap: int, until: float, cpu: float | None, cpu_s: float) -> None:
-        self.place, self.child, self.until, self.cpu, self.cpu_s = place, child, until, cpu, cpu_s
+    def __init__(self, place: Place, child: Child, job: bytes, limits: dict[str, Any], until: float, cpu: float | None) -> None:
+        self.place, self.child, self.limits, self.until, self.cpu = place, child, limits, until, cpu
         self.job = memoryview(job)
+        cap = limits["output_bytes"]
         self.out, self.err = Kept(child.out, cap), Kept(child.err, cap)
         self.report = bytearray()
         self.value: bytes | None = None
@@ -375,8 +376,8 @@ class Run:
                     pass
 
     def go(self) -> str:
-        """Until it is over: `report`, `exit`, `timeout`, `cpu`, `output`, `cancelled`, or `garbled` for a report that is
-        none. Raises `Gone`."""
+        """Until it is over: `report` or `exit`, or what it is to be killed for: `timeout`, `cpu`, `memory`, `processes`,
+        `output`, `cancelled`, or `garbled` for a report that is none. Raises `Gone`."""
         tick = time.monotonic() + TICK_S
         while True:
             over = self._step(min(self.until, tick))
@@ -389,8 +390,11 @@ class Run:
             if now >= tick:
                 tick = now + TICK_S
                 spent = self.place.group.cpu_s()
-                if spent is not None and self.cpu is not None and spent - self.cpu > self.cpu_s:
+                if spent is not None and self.cpu is not None and spent - self.cpu > self.limits["cpu_s"]:
                     return "cpu"
+                excess = self.place.group.excess(self.limits["memory_mb"], self.limits["processes"], HOME)
+                if excess:
+                    return excess
 
     def _step(self, until: float) -> str:
         channel = self.child.channel
@@ -458,8 +462,9 @@ class Run:
             self.place._reap()
         return "exit" if self.child.exited is not None else "garbled"
 
-    def verdict(self, end: str, oom: bool, limits: dict[str, Any]) -> dict[str, Any]:
+    def verdict(self, end: str, oom: bool) -> dict[str, Any]:
         """Status, exit code and the sentence, the first that applies from the top."""
+        limits = self.limits
         code = self.left if end == "report" else self.child.exited if end == "exit" else None
         value_cut = 0
         if self.value is not None:
@@ -469,10 +474,12 @@ class Run:
             status, error = "timeout", "its time ran out and it was killed"
         elif end == "cpu":
             status, error = "timeout", f"it used more than {limits['cpu_s']:g} s of CPU time and was killed"
-        elif oom or self.outcome == driver.MEMORY:
+        elif oom or end == "memory" or self.outcome == driver.MEMORY:
             status, error = "oom", f"it asked for more than {limits['memory_mb']} MiB of memory"
         elif end == "output":
             status, error = "output_limit", f"it wrote more than {limits['output_bytes']} bytes and was killed"
+        elif end == "processes":
+            status, error = "error", f"it started more than {limits['processes']} processes and was killed"
         elif end == "garbled":
             status, error = "error", "the code broke the interpreter's connection"
         elif end == "cancelled":
@@ -488,8 +495,7 @@ class Run:
 
 def main(plan: Plan, group: Group, control: socket.socket) -> None:
     """Serve leases from the pool until it has gone. Messages from it are JSON lines with a session's socket."""
-    if not control.recv(1):  # the pool has put this process where its limits hold
-        os._exit(0)
+    group.enter()
     place = Place(plan, group, control)
     first = True
     while True:

@@ -15,7 +15,7 @@ UID = 0x7FFF0000
 def _mounts() -> None:
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount("none", "/tmp", "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=16")
+    kernel.mount("none", "/dev", "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=16")
 
 
 def _pids() -> None:
@@ -42,7 +42,7 @@ def _landlock() -> None:
     if not kernel.landlock_abi():
         raise OSError(95, "this kernel has no landlock (Linux 5.13)")
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    kernel.landlock_restrict(kernel.landlock_ruleset("/tmp"))
+    kernel.landlock_restrict(kernel.landlock_ruleset("/dev"))
 
 
 def _seccomp() -> None:

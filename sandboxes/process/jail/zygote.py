@@ -86,16 +86,13 @@ def preload(modules: list[str]) -> None:
     gc.disable()
 
 
-def become_place(plan: launcher.Plan, group: Group, control: socket.socket, zygote: int, parent_pidfd: int) -> None:
-    """In the new child: PID 1 of a namespace of its own. Never returns."""
+def become_place(plan: launcher.Plan, group: Group, control: socket.socket, zygote: int) -> None:
+    """In the new child: PID 1 of a namespace of its own. Never returns. `zygote` is the parent's pidfd."""
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if select.select([parent_pidfd], [], [], 0)[0]:
+    if select.select([zygote], [], [], 0)[0]:
         os._exit(0)
-    keep = {0, 1, 2, control.fileno(), *group.fds.values()}
-    for fd in sorted(keep):
-        os.set_inheritable(fd, False) if fd > 2 else None
     at = 3
-    for fd in sorted(fd for fd in keep if fd > 2):
+    for fd in sorted({control.fileno(), *group.fds.values()}):
         os.closerange(at, fd)
         at = fd + 1
     os.closerange(at, 1 << 20)
@@ -139,7 +136,7 @@ class Zygote:
             if pid == 0:
                 try:
                     signal.set_wakeup_fd(-1)
-                    become_place(launcher.Plan(**request["plan"]), group, control, os.getppid(), self.pidfd)
+                    become_place(launcher.Plan(**request["plan"]), group, control, self.pidfd)
                 except BaseException:
                     traceback.print_exc()
                 finally:
@@ -189,13 +186,16 @@ def main(pool_fd: int) -> None:
     while not message.endswith(b"\n"):
         message += pool.recv(1 << 16) or os._exit(0)
     setup = json.loads(message)
+    os.environ.update(setup["env"])
+    folder = sys.path[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     zygote = Zygote(pool)
-    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS)
     try:
-        make_root(setup["root"], setup["readable"], setup["etc"])
-        sys.path[:] = ["", *(path for path in sys.path if not path.endswith("/process")), *setup["sites"]]
+        if setup["root"]:  # otherwise this is a root already
+            kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS)
+            make_root(setup["root"], setup["readable"], setup["etc"])
+        sys.path[:] = ["", *(path for path in sys.path if path != folder), *setup["sites"]]
         sys.argv = [""]
         sys.dont_write_bytecode = True
         preload(setup["preload"])
