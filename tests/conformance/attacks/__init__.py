@@ -1,0 +1,19 @@
+"""Attacks on sandboxes, as data: each is Python code that a model might write, and a judge on the host.
+
+An attack counts only where it succeeds against a plain `subprocess` (`baseline.py`); `test_sandboxes_attacks.py` asserts that in
+the same run in which it throws the attack at every kind of sandbox.
+"""
+
+from __future__ import annotations
+
+from tests.conformance.attacks import control, files, kernel, memory, network, output, processes
+from tests.conformance.attacks.base import Attack, Host, Outcome, Place, Target, carry_out
+
+ATTACKS: dict[str, Attack] = {
+    attack.name: attack for module in (processes, memory, network, files, output, control, kernel) for attack in module.ATTACKS
+}
+assert len(ATTACKS) == sum(len(module.ATTACKS) for module in (processes, memory, network, files, output, control, kernel)), (
+    "two attacks have one name"
+)
+
+__all__ = ["ATTACKS", "Attack", "Host", "Outcome", "Place", "Target", "carry_out"]

@@ -1,0 +1,128 @@
+"""The sandboxes that the suites of `test_sandboxes*.py` put to the test. A kind joins with one entry in `KINDS`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from agentloop.sandboxes.base import Limits, Result, Sandbox, Session
+from agentloop.sandboxes.load import load_sandbox
+from tests.conformance.attacks.base import Outcome
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sandbox under test, in its default configuration, and in what it may differ from the others."""
+
+    start: Callable[[], AbstractAsyncContextManager[Sandbox]]
+    unavailable: Callable[[], str | None] = lambda: None
+    """Why it cannot be had here: the tests are skipped with this sentence."""
+    sessions: int = 8
+    """So many sessions may be open at once."""
+    stops_all: bool = True
+    """Stops every attack. Off: may let through those whose layer its probe says is missing."""
+    shares_places: bool = False
+    """Processes of a node share its places: the other sandboxes of this machine may hold some."""
+
+
+@asynccontextmanager
+async def by_config(config: Mapping[str, Any]) -> AsyncIterator[Sandbox]:
+    async with load_sandbox(config, where="tests/conformance/sandboxes.py") as sandbox:
+        yield sandbox
+
+
+def not_root() -> str | None:
+    return None if os.geteuid() == 0 else "the kind 'process' needs root"
+
+
+def no_bubblewrap() -> str | None:
+    return None if shutil.which("bwrap") else "bubblewrap is not installed here"
+
+
+@functools.cache
+def no_docker() -> str | None:
+    try:
+        import docker
+
+        client = docker.from_env(timeout=5)
+        client.ping()
+        client.images.get("agentloop-sandbox:latest")
+    except ImportError:
+        return "the package docker is not installed here"
+    except Exception as error:  # the SDK raises requests' errors, its own, and others
+        return f"no Docker engine with the image answers here (.ci/with-sandboxes starts one): {str(error)[:200]}"
+    return None
+
+
+KINDS: dict[str, Kind] = {
+    "process": Kind(lambda: by_config({"kind": "process", "scope": "process"}), unavailable=not_root),
+    "bubblewrap": Kind(lambda: by_config({"kind": "bubblewrap"}), unavailable=no_bubblewrap, stops_all=False),
+    "docker": Kind(lambda: by_config({"kind": "docker", "scope": "process"}), unavailable=no_docker),
+}
+
+
+def available(name: str) -> Kind:
+    """The kind; skips the test if it cannot be had here."""
+    kind = KINDS[name]
+    if reason := kind.unavailable():
+        pytest.skip(reason)
+    return kind
+
+
+def outcome_of(result: Result) -> Outcome:
+    return Outcome(
+        status=result.status.value,
+        stdout=result.stdout,
+        stderr=result.stderr,
+        value=result.value,
+        error=result.error,
+        files=dict(result.files),
+    )
+
+
+class SandboxPlace:
+    """A session as a place for attacks; without one every run is on its own."""
+
+    def __init__(self, sandbox: Sandbox, limits: Mapping[str, Any], session: Session | None) -> None:
+        self._sandbox = sandbox
+        self._limits = limits
+        self._session = session
+
+    async def run(
+        self, code: str, *, timeout: float, fetch: tuple[str, ...] = (), files: Mapping[str, str] | None = None
+    ) -> Outcome:
+        if self._session is not None:
+            return outcome_of(await self._session.run(code, timeout=timeout, fetch=fetch, files=files))
+        limits = Limits(**{**self._limits, "timeout_s": timeout})
+        return outcome_of(await self._sandbox.run(code, limits=limits, fetch=fetch, files=files))
+
+    async def put(self, path: str, data: str) -> None:
+        assert self._session is not None
+        await self._session.put(path, data)
+
+    async def get(self, path: str) -> bytes:
+        assert self._session is not None
+        return await self._session.get(path)
+
+
+class SandboxTarget:
+    """A sandbox as what is attacked."""
+
+    def __init__(self, name: str, sandbox: Sandbox) -> None:
+        self.name = name
+        self.sandbox = sandbox
+
+    @asynccontextmanager
+    async def place(self, limits: Mapping[str, Any], *, lasting: bool) -> AsyncIterator[SandboxPlace]:
+        if lasting:
+            async with self.sandbox.session(Limits(**{"timeout_s": 30.0, **limits})) as session:
+                yield SandboxPlace(self.sandbox, limits, session)
+        else:
+            yield SandboxPlace(self.sandbox, limits, None)
