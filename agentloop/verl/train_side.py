@@ -86,14 +86,14 @@ def install(config: Any, writer: TrainSideWriter) -> Callable[[], None]:
         result = original(self, batch, metrics)
         began = time.perf_counter()
         update = int(getattr(self, "local_trigger_step", 0))
-        writer.write(lambda: _rows_of_queue(batch), step=int(self.global_steps), update=update, recomputed=recomputed)
+        writer.write(lambda: rows_of_queue(batch), step=int(self.global_steps), update=update, recomputed=recomputed)
         metrics[SECONDS] = time.perf_counter() - began
         return result
 
     @functools.wraps(original)
     def update_actor(self: Any, batch: Any) -> Any:
         step = int(self.global_steps)
-        writer.write(lambda: _rows_of_dataproto(batch, step), step=step, update=0, recomputed=recomputed)
+        writer.write(lambda: rows_of_dataproto(batch, step), step=step, update=0, recomputed=recomputed)
         return original(self, batch)
 
     wrapper: Any = compute_advantage if name == "_compute_advantage" else update_actor
@@ -120,7 +120,7 @@ def _place(config: Any) -> tuple[Any, str, list[str]]:
     return RayPPOTrainer, "_update_actor", ["self", "batch"]
 
 
-def _rows_of_queue(batch: Any) -> list[TrainerRow]:
+def rows_of_queue(batch: Any) -> list[TrainerRow]:
     """`batch`: TransferQueue's `KVBatchMeta`, whose tags tell verl's padding and the rollout's step."""
     import transfer_queue as tq
 
@@ -135,7 +135,7 @@ def _rows_of_queue(batch: Any) -> list[TrainerRow]:
     return rows
 
 
-def _rows_of_dataproto(batch: Any, step: int) -> list[TrainerRow]:
+def rows_of_dataproto(batch: Any, step: int) -> list[TrainerRow]:
     """`batch`: padded, with prompts of P places, each response from its first place on."""
     columns = {name: _array(batch.batch[name]) for name in ("responses", *COLUMNS) if name in batch.batch.keys()}  # noqa: SIM118
     width = columns["responses"].shape[1]

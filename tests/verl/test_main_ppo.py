@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from agentloop.journal import Run
+from agentloop.journal.logprobs import run_logprobs
 from agentloop.trajectory import MIXED
 from agentloop.verl.launch import make_plan
 from agentloop.verl.process import parse_metrics, run
@@ -83,6 +84,7 @@ def test_trainer_and_rollout_apart(tmp_path: Path) -> None:
         "actor_rollout_ref.rollout.engine_kwargs.agentloop_local.max_slots=4",
         "trainer.v1.separate_async.num_warmup_batches=2",
         "trainer.total_training_steps=3",
+        "agentloop.train_side=true",
     )
     assert len(steps) == 3
     for metrics in steps:
@@ -91,6 +93,9 @@ def test_trainer_and_rollout_apart(tmp_path: Path) -> None:
         assert metrics["actor/grad_norm"] > 0
         assert metrics.keys() >= OURS
     run = Run(tmp_path / "run")
+    found = run_logprobs(run)
+    assert [(step["step"], step["trajectories"]) for step in found["steps"]] == [(step, 16) for step in (1, 2, 3)]
+    assert found["arrived"] == 48, "whatever step they were begun in"
     turns = [[version for version, _ in turn.versions] for row in run.trajectories() for turn in run.load(row).turns]
     assert any(len(versions) > 1 for versions in turns), "no answer was cut off by an update"
     for versions in turns:

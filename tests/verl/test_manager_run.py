@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from agentloop.journal import Run
 from agentloop.verl.launch import make_plan
 from agentloop.verl.process import parse_metrics, run
 from tests.conftest import CHATML
@@ -52,7 +54,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "planted.py").write_text(TOOL)
     (tmp_path / "tools.yaml").write_text("tools:\n  - class_name: planted.Planted\n    config: {type: native}\n")
     content = run_file(tmp_path)
-    content["agentloop"]["tools"] = str(tmp_path / "tools.yaml")
+    content["agentloop"] |= {"tools": str(tmp_path / "tools.yaml"), "train_side": True}
     content["verl"]["data"]["max_prompt_length"] = 768
     return content
 
@@ -76,6 +78,15 @@ def ends(run_dir: Path, step: int) -> Counter[str]:
     return found
 
 
+def check_train_side(run: Run, step: int) -> None:
+    """The twelve that verl was given of the sixteen, each with its own tokens (reading them checks that)."""
+    side = run.train_side(step)
+    assert (side.arrived, side.expected, side.trained_steps) == (12, 12, {step})
+    for trained in side:
+        apart = np.abs(trained.old_log_probs - trained.rollout_log_probs)[trained.sampled]
+        assert apart.size and apart.max() < 1e-3
+
+
 def test_v1_trains_on_the_healthy_siblings_and_resumes_its_journal(tmp_path: Path, settings: dict[str, Any]) -> None:
     settings["verl"]["trainer"] |= {"save_freq": 1, "resume_mode": "auto", "val_before_train": True}
     first = train(tmp_path, settings, "trainer.total_training_steps=1")
@@ -89,6 +100,7 @@ def test_v1_trains_on_the_healthy_siblings_and_resumes_its_journal(tmp_path: Pat
         assert metrics["actor/grad_norm"] > 0
         journal = ends(tmp_path / "run", step)
         assert (sum(journal.values()), journal["tool_failure"]) == (16, 4)
+        check_train_side(Run(tmp_path / "run"), step)
     assert sorted(path.name for path in (tmp_path / "run" / "starts").iterdir()) == ["g1.json", "g2.json"]
     assert list((tmp_path / "run" / "train" / "step_000002").glob("w0.g2.traj.jsonl"))
     assert list((tmp_path / "run" / "val" / "step_000000").glob("w0.g1.traj.jsonl"))
@@ -97,7 +109,8 @@ def test_v1_trains_on_the_healthy_siblings_and_resumes_its_journal(tmp_path: Pat
 def test_the_legacy_trainer_gets_a_row_for_every_trajectory(tmp_path: Path, settings: dict[str, Any]) -> None:
     steps = train(tmp_path, settings, "trainer.use_v1=false", "actor_rollout_ref.rollout.agent.num_workers=2")
     assert len(steps) == 2
-    for metrics in steps:
+    for step, metrics in enumerate(steps, start=1):
+        check_train_side(Run(tmp_path / "run"), step)
         assert metrics["timing_s/agentloop/trajectories"] == 16
         assert metrics["timing_s/agentloop/masked"] == 4
         assert metrics["actor/grad_norm"] > 0
