@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
+from agentloop.sandboxes.base import SandboxError
 from agentloop.tools import BaseTool, ToolRegistry, ToolSchema
 from agentloop.tools.calculator import Calculator
+from agentloop.tools.file import File
+from agentloop.tools.python import Python
+from agentloop.tools.shell import Shell
+from agentloop.tools.submit import Submit
+from agentloop.tools.workspace import SandboxTool
 from agentloop.trajectory import CallStatus, Sample, ToolCall
 from tests.tools.examples import Counter, Sleeper, repeat
 
@@ -22,8 +28,15 @@ def verls() -> Any:
     return Tally({"type": "native"}, None)
 
 
+BOX = {"sandbox": {"kind": "process", "preload": [], "limits": {"timeout_s": 10}}}
+
 TOOLS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "calculator": (Calculator, {"expression": "6*7"}, "42"),
+    "python": (lambda: Python(BOX), {"code": "6*7"}, "42"),
+    "python, stateless": (lambda: Python({**BOX, "stateful": False}), {"code": "6*7"}, "42"),
+    "shell": (lambda: Shell(BOX), {"command": "expr 6 '*' 7"}, "42"),
+    "file": (lambda: File(BOX), {"action": "list"}, "The folder is empty."),
+    "submit": (Submit, {"answer": "42"}, "42"),
     "function": (lambda: repeat, {"text": "ab"}, "abab"),
     "counter": (Counter, {"by": 3}, "3"),
     "sleeper": (Sleeper, {"seconds": 0.0}, "awake"),
@@ -35,9 +48,17 @@ METHODS = ("create", "execute", "calc_reward", "release")
 
 
 @pytest.fixture(params=list(TOOLS))
-def case(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], str]:
+async def case(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Any, dict[str, Any], str]]:
     make, arguments, answer = TOOLS[request.param]
-    return make(), arguments, answer
+    tool = make()
+    if isinstance(tool, SandboxTool):
+        try:
+            await tool.sandbox.start()
+        except SandboxError as error:
+            pytest.skip(f"no process sandbox here: {error}")
+    yield tool, arguments, answer
+    if isinstance(tool, BaseTool):
+        await tool.close()
 
 
 @pytest.fixture
