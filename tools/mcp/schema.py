@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,6 @@ from agentloop.errors import ConfigError
 MAX_SCHEMA_CHARS = 20_000
 MAX_DESCRIPTION_CHARS = 4_000
 _MAX_DEPTH = 30
-
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
-"""What a model may call a tool: OpenAI's rule."""
 
 # Regular expressions of a stranger would be run over what the model wrote; the rest says nothing to a model.
 _LEFT_OUT = {"pattern", "patternProperties", "format", "$schema", "$id", "$anchor", "$dynamicAnchor", "$comment", "title"}

@@ -13,7 +13,8 @@ from agentloop.tools.base import BaseTool, ToolResult, ToolSet
 from agentloop.tools.mcp.background import away, submit
 from agentloop.tools.mcp.config import HttpServer, ServerConfig, read_config
 from agentloop.tools.mcp.connection import MAX_TOOLS, Connection
-from agentloop.tools.mcp.schema import NAME, import_schema
+from agentloop.tools.mcp.schema import import_schema
+from agentloop.tools.names import NAME
 from agentloop.tools.session import current_session
 
 

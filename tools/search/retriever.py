@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import aiohttp
 
 from agentloop.errors import ConfigError, ToolError, ToolInfraError
+from agentloop.tools.clients import Clients
 from agentloop.tools.search.corpus import title_and_text
 from agentloop.tools.search.hits import Hit
 from agentloop.tools.threads import run_blocking
@@ -40,8 +41,6 @@ class _Waiting:
 class _OneLoop:
     """What belongs to one event loop."""
 
-    users: int = 0
-    client: aiohttp.ClientSession | None = None
     queues: dict[int, list[_Waiting]] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -64,17 +63,11 @@ class Retriever:
         self._batch_wait_s = batch_wait_s
         self._max_bytes = max_bytes
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _OneLoop] = WeakKeyDictionary()
+        self.clients = Clients(self._client)
 
-    def enter(self) -> None:
-        """One more user on this event loop. Connections are kept for as long as there are users."""
-        self._here().users += 1
-
-    async def leave(self) -> None:
-        here = self._here()
-        here.users -= 1
-        if here.users <= 0 and here.client is not None:
-            client, here.client = here.client, None
-            await client.close()
+    def _client(self) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+        return aiohttp.ClientSession(timeout=timeout, headers=self._headers, cookie_jar=aiohttp.DummyCookieJar())
 
     def _here(self) -> _OneLoop:
         return self._loops.setdefault(asyncio.get_running_loop(), _OneLoop())
@@ -107,7 +100,7 @@ class Retriever:
 
     async def _ask_for(self, here: _OneLoop, batch: list[_Waiting], top_k: int) -> None:
         try:
-            answers = await self._ask(here, [waiting.query for waiting in batch], top_k)
+            answers = await self._ask([waiting.query for waiting in batch], top_k)
         except Refused as error:
             if len(batch) == 1:
                 _fail(batch, error)
@@ -120,14 +113,10 @@ class Retriever:
                 if not waiting.answer.done():
                     waiting.answer.set_result(hits)
 
-    async def _ask(self, here: _OneLoop, queries: list[str], top_k: int) -> list[list[Hit]]:
-        if here.client is None:
-            here.client = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=self._timeout_s), headers=self._headers, cookie_jar=aiohttp.DummyCookieJar()
-            )
+    async def _ask(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         body = {"queries": queries, "topk": top_k, "return_scores": True}
         try:
-            async with here.client.post(self._url, json=body, allow_redirects=False) as response:
+            async with self.clients.get().post(self._url, json=body, allow_redirects=False) as response:
                 data = bytearray()
                 async for chunk in response.content.iter_any():
                     data += chunk

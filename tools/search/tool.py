@@ -101,7 +101,7 @@ class Search(BaseTool):
         elif self._service is not None:
             assert instance_id is not None
             self.instances[instance_id] = True
-            self._service.enter()
+            self._service.clients.enter()
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> ToolResult:
         query = str(parameters.get("query", ""))[:MAX_QUERY_CHARS]
@@ -125,7 +125,7 @@ class Search(BaseTool):
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         if self.instances.pop(instance_id, None) and self._service is not None:
-            await self._service.leave()
+            await self._service.clients.leave()
 
 
 def _settings(given: Mapping[str, Any]) -> LocalConfig | ServiceConfig:
