@@ -33,6 +33,7 @@ SHIPPED = {
     "calculator": "agentloop.tools.calculator.Calculator",
     "file": "agentloop.tools.file.File",
     "python": "agentloop.tools.python.Python",
+    "http_tool": "agentloop.tools.http_tool.HttpTool",
     "mcp": "agentloop.tools.mcp.McpServer",
     "search": "agentloop.tools.search.Search",
     "shell": "agentloop.tools.shell.Shell",
