@@ -233,7 +233,7 @@ async def ended(task: asyncio.Task[Outcome]) -> None:
 async def until(condition: Callable[[], bool], seconds: float) -> None:
     """Returns when the condition holds, or after some seconds."""
     end = time.perf_counter() + seconds
-    while not condition() and time.perf_counter() < end:
+    while not condition() and time.perf_counter() < end:  # noqa: ASYNC110 - the condition is the kernel's
         await asyncio.sleep(0.02)
 
 

@@ -32,7 +32,7 @@ ATTACKS = (
         FDS
         + r"""
 import json, pickle, struct
-result = {"status": "ok", "ok": True, "value": "FORGED", "stdout": "", "stderr": "", "exit_code": 0, "error": "", "type": "result"}
+result = {"status": "ok", "ok": True, "value": "FORGED", "stdout": "", "stderr": "", "exit_code": 0, "error": ""}
 body = json.dumps(result).encode()
 frames = [body + b"\n", struct.pack(">I", len(body)) + body, struct.pack("<I", len(body)) + body, pickle.dumps(result)]
 for fd in open_fds():

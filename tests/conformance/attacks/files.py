@@ -44,7 +44,13 @@ ATTACKS = (
     Attack(
         "reads_host_files",
         "reads the host's files",
-        "for path in @SECRET_FILES@:\n    try:\n        print(open(path).read())\n    except OSError as error:\n        print(error)\n",
+        """
+for path in @SECRET_FILES@:
+    try:
+        print(open(path).read())
+    except OSError as error:
+        print(error)
+""",
         leaks,
         lasting=True,
     ),
@@ -392,14 +398,15 @@ for path in @SECRET_FILES@:
         + """
 import threading
 def race():
+    new = f"next{threading.get_native_id()}"
     end = time.time() + 5
     while time.time() < end:
         try:
-            os.symlink("@FOLDER@/secret", "next")
-            os.rename("next", "loot")
-            with open("next", "w") as f:
+            os.symlink("@FOLDER@/secret", new)
+            os.rename(new, "loot")
+            with open(new, "w") as f:
                 f.write("nothing")
-            os.rename("next", "loot")
+            os.rename(new, "loot")
         except OSError:
             pass
         time.sleep(0.0001)

@@ -1,4 +1,4 @@
-"""The host that attacks are aimed at: secrets, sockets, a process to hurt, folders to write to. All of it is gone afterwards."""
+"""The host that attacks are aimed at: secrets, sockets, a process to hurt, folders to write to. All is gone afterwards."""
 
 from __future__ import annotations
 

@@ -138,7 +138,13 @@ if call(298, 241, attributes, 0, -1, -1, 0) >= 0:
     surface(
         "sets_the_clock",
         "changes the host's clock",
-        "try:\n    time.clock_settime(time.CLOCK_REALTIME, time.time())\n    pwned()\nexcept OSError as error:\n    print(error)\n",
+        """
+try:
+    time.clock_settime(time.CLOCK_REALTIME, time.time())
+    pwned()
+except OSError as error:
+    print(error)
+""",
     ),
     surface(
         "sets_the_host_name",
@@ -149,7 +155,14 @@ if call(298, 241, attributes, 0, -1, -1, 0) >= 0:
     surface(
         "changes_owners",
         "acts as any user",
-        'open("f", "w").close()\ntry:\n    os.chown("f", 12345, 12345)\n    pwned()\nexcept OSError as error:\n    print(error)\n',
+        """
+open("f", "w").close()
+try:
+    os.chown("f", 12345, 12345)
+    pwned()
+except OSError as error:
+    print(error)
+""",
         everywhere=True,
     ),
     Attack(

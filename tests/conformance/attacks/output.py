@@ -47,7 +47,10 @@ for _ in range(8):
         received(MOST),
     ),
     Attack(
-        "print_flood", "fills the memory of whoever reads it", "while True:\n    print('y' * 100_000)\n", received(MOST), 3.0
+        "print_flood",
+        "fills the memory of whoever reads it",
+        "for _ in range(2000):\n    print('y' * 100_000)\n",
+        received(MOST),
     ),
     Attack(
         "value_flood",
