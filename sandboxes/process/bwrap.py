@@ -6,13 +6,17 @@ import asyncio
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterable
 
 from agentloop.sandboxes.base import Layer
 from agentloop.sandboxes.process import cgroups
 from agentloop.sandboxes.process.jail.launcher import HOME
 from agentloop.sandboxes.process.jail.zygote import DEVICES, LINKS
-from agentloop.sandboxes.process.layers import FOLDER, STOPS, base_python, boot
+from agentloop.sandboxes.process.layers import FOLDER, STOPS, boot
 
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+"""What code may read of the host, beside Python and its packages."""
 UID = 1000
 """Who code is inside; outside it is whoever started the pool."""
 JAIL = "/.agentloop"
@@ -61,10 +65,14 @@ def inside(module: str) -> list[str]:
     return [word.replace(FOLDER, JAIL) for word in boot(module)]
 
 
+def existing(paths: Iterable[str]) -> list[str]:
+    """Those that there are, each once, outer ones first."""
+    return sorted({path for path in paths if os.path.exists(path)}, key=lambda path: (path.count("/"), path))
+
+
 async def probe() -> list[Layer]:
     """Every layer as this machine has it, tried in bubblewrap."""
-    python = [path for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", os.path.dirname(os.path.dirname(base_python())))]
-    line = command([path for path in python if os.path.exists(path)], {}, inside("probe"))
+    line = command(existing((*SYSTEM, sys.base_prefix)), {}, inside("probe"))
     reasons: dict[str, str] = {}
     try:
         process = await asyncio.create_subprocess_exec(

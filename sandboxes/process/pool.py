@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 UID_BASE, UIDS = 0x70000000, 4096
 """A pool's uids: `UIDS` from `UID_BASE` + its number times `UIDS`, above what distributions and systemd hand out."""
-SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 START_S = 60.0
 SPARE_S = 30.0
@@ -289,8 +288,8 @@ class Pool(Service):
         for uid in [bwrap.UID] if self.bubblewrap else range(first, first + self.settings["max_sessions"]):
             etc["passwd"] += f"sandbox:x:{uid}:{uid}::/home/sandbox/work:/bin/sh\n"
             etc["group"] += f"sandbox:x:{uid}:\n"
-        wanted = [*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *_sites(), *self.settings["readable"]]
-        readable = sorted({path for path in wanted if os.path.exists(path)}, key=lambda path: path.count("/"))
+        wanted = [*bwrap.SYSTEM, sys.base_prefix, sys.base_exec_prefix, *_sites(), *self.settings["readable"]]
+        readable = bwrap.existing(wanted)
         preload = self.settings["preload"]
         setup = {"readable": readable, "etc": etc, "sites": _sites(), "preload": preload, "root": str(run_folder())}
         return {**setup, "env": ONE_THREAD}

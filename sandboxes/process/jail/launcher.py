@@ -25,6 +25,9 @@ from .group import Group
 HOME = "/home/sandbox"
 """Where the folder in memory is mounted; `/tmp` and `/dev/shm` are links into it."""
 WORK = f"{HOME}/work"
+FENCED = b"+"
+"""What a child says once it has given everything up, before any code."""
+FENCE_S = 20.0
 INODES = 8
 """Of the folder's own: itself, `work`, `tmp`, `shm`."""
 TICK_S = 0.05
@@ -98,6 +101,10 @@ class Child:
             self.channel.close()
 
 
+class Broken(Exception):
+    """A child could not be fenced in: it has run no code."""
+
+
 class Gone(Exception):
     """The client has closed the session, or has died."""
 
@@ -146,7 +153,7 @@ class Place:
             while True:
                 head, blobs = self._request()
                 self._answer(head, blobs)
-        except (Gone, OSError, ValueError, KeyError) as error:  # a client that breaks off, or sends what is no request
+        except (Gone, Broken, OSError, ValueError, KeyError) as error:  # a client that breaks off, or sends what is no request
             if not isinstance(error, (Gone, ConnectionError)):
                 print(f"a lease ended early: {type(error).__name__}: {error}", flush=True)
         finally:
@@ -189,7 +196,10 @@ class Place:
         self.id = head["id"]
         match head["op"]:
             case "run":
-                answer, parts = self._run(head, blobs)
+                try:
+                    answer, parts = self._run(head, blobs)
+                except Broken as error:
+                    answer, parts = {"status": "infra", "error": str(error)}, [b""] * 3
                 self._send({**NO_RESULT, **answer}, parts)
             case "put":
                 try:
@@ -220,16 +230,18 @@ class Place:
             os._exit(4)
         out, out_end = os.pipe2(os.O_CLOEXEC)
         err, err_end = os.pipe2(os.O_CLOEXEC)
-        channel, channel_end = socket.socketpair() if command is None else (None, None)
+        channel, channel_end = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             try:
                 self._become(out_end, err_end, channel_end)
                 if command is None:
+                    os.write(driver.CHANNEL_FD, FENCED)
                     driver.serve(driver.CHANNEL_FD)
                 assert command is not None and limits is not None
                 driver.set_limits(limits, whole=True)
                 driver.set_stdin(stdin)
+                os.write(driver.CHANNEL_FD, FENCED)
                 os.execve(command[0], command, dict(os.environ))
             except BaseException as error:
                 with contextlib.suppress(BaseException):
@@ -240,14 +252,24 @@ class Place:
         os.close(err_end)
         os.set_blocking(out, False)
         os.set_blocking(err, False)
-        if channel is not None and channel_end is not None:
-            channel_end.close()
-            channel.setblocking(False)
-        child = Child(pid, out, err, channel)
-        self.children[pid] = child
+        channel_end.close()
+        channel.settimeout(FENCE_S)
+        child = self.children[pid] = Child(pid, out, err, channel)
+        try:
+            fenced = channel.recv(1)
+        except TimeoutError:
+            fenced = b""
+        if fenced != FENCED:
+            why = Kept(err, 1000)
+            why.read()
+            raise Broken(f"a process could not be fenced in: {why.data.decode(errors='replace').strip() or 'it ended'}")
+        channel.setblocking(False)
+        if command is not None:
+            channel.close()
+            child.channel = None
         return child
 
-    def _become(self, out: int, err: int, channel: socket.socket | None) -> None:
+    def _become(self, out: int, err: int, channel: socket.socket) -> None:
         """Give everything up, for good: in the new child, before it sees any code."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGPIPE):
@@ -261,6 +283,7 @@ class Place:
             os.setresgid(self.plan.uid, self.plan.uid, self.plan.uid)
             os.setresuid(self.plan.uid, self.plan.uid, self.plan.uid)
         else:
+            kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # its own /proc is root's otherwise
             kernel.own_user_namespace()
         kernel.drop_capabilities()
         os.chdir(WORK)
@@ -274,10 +297,9 @@ class Place:
         os.environ.update(self.plan.env)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        if channel is not None:
-            os.dup2(channel.fileno(), driver.CHANNEL_FD, inheritable=False)
+        os.dup2(channel.fileno(), driver.CHANNEL_FD, inheritable=False)
         os.closerange(3, driver.CHANNEL_FD)
-        os.closerange(driver.CHANNEL_FD + (channel is not None), 1 << 20)
+        os.closerange(driver.CHANNEL_FD + 1, 1 << 20)
 
     def _reap(self, block: bool = False) -> None:
         """Take the ends of children, and of orphans, which are PID 1's."""
@@ -499,7 +521,11 @@ def main(plan: Plan, group: Group, control: socket.socket) -> None:
     place = Place(plan, group, control)
     first = True
     while True:
-        place.prepare()
+        try:
+            place.prepare()
+        except Broken as error:
+            print(error, flush=True)
+            os._exit(5)
         if first:
             group.settle()
             first = False
