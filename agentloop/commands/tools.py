@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agentloop.errors import ConfigError, nearest
-from agentloop.tools.policy import RateLimit, ToolPolicy
+from agentloop.tools.policy import CircuitBreaker, RateLimit, ToolPolicy
 from agentloop.tools.registry import ToolRegistry, read_tools
 from agentloop.trajectory import CallRecord, CallStatus, Sample, ToolCall
 
@@ -43,7 +43,11 @@ def _policies(policy: ToolPolicy) -> str:
     shown = []
     for key in sorted(policy.model_fields_set):
         value = getattr(policy, key)
-        shown.append(f"{key}={value.calls}/{value.period:g}s" if isinstance(value, RateLimit) else f"{key}={value}")
+        if isinstance(value, RateLimit):
+            value = f"{value.calls}/{value.period:g}s"
+        elif isinstance(value, CircuitBreaker):
+            value = f"{value.failures} failures, {value.open_s:g}s"
+        shown.append(f"{key}={value}")
     return " ".join(shown)
 
 
@@ -160,6 +164,7 @@ async def _call(registry: ToolRegistry, sample: Sample, call: ToolCall) -> tuple
         return record, await session.rewards()
     finally:
         await session.close()
+        await registry.close()
 
 
 class _Codec:

@@ -95,7 +95,7 @@ async def test_a_row_gives_the_session_files(registry: ToolRegistry) -> None:
 
 
 async def test_verls_loop_calls_it_without_a_session(registry: ToolRegistry) -> None:
-    tool = Python({"sandbox": BOX})
+    tool: Any = Python({"sandbox": BOX})
     instance, _ = await tool.create()
     response, _, _ = await tool.execute(instance, {"code": "6*7"}, agent_data=object())
     await tool.release(instance)
