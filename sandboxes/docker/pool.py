@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from agentloop.sandboxes.base import Limits, SandboxError, Session
 from agentloop.sandboxes.docker.config import DockerConfig
 from agentloop.sandboxes.docker.container import Container
 from agentloop.sandboxes.docker.engine import Engine
+from agentloop.sandboxes.node import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,7 @@ _SHAPE = ("memory_mb", "processes", "disk_mb", "files", "open_files")
 
 def node_folder(address: str) -> Path:
     """Where all processes of this user on this machine that use the engine at `address` keep their lock files."""
-    engine = hashlib.sha256(address.encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"agentloop-{os.getuid()}" / f"docker-{engine}"
+    return run_folder() / f"docker-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
 
 
 class Places:
@@ -64,9 +63,7 @@ class Places:
 
     def _lock_one(self, folder: Path) -> int | None:
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if folder.parent.stat().st_uid != os.getuid():
-                raise SandboxError(f"docker: {folder.parent} belongs to another user; remove it, or set `scope: process`")
+            folder.mkdir(mode=0o700, exist_ok=True)
             for number in range(self._count):
                 fd = os.open(folder / f"place-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
                 try:

@@ -149,7 +149,8 @@ class Service:
         response = answer(result, exact=wanted.agentloop is not None, pod=self._pod)
         if response.agentloop is not None:
             response.agentloop["queue_s"] = queue_s + result.queue_s
-        return web.Response(body=response.model_dump_json(exclude_none=True).encode(), content_type="application/json")
+        left_out = {"agentloop"} if response.agentloop is None else set()
+        return web.Response(body=response.model_dump_json(exclude=left_out).encode(), content_type="application/json")
 
     def _limits_of(self, asked: dict[str, Any], wanted: RunCodeRequest | None = None) -> Limits:
         """The limits of a request. Raises `ValueError` where they exceed what this service gives."""
