@@ -1,0 +1,139 @@
+"""The words and commands that the reader knows."""
+
+from __future__ import annotations
+
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh "
+    "asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs max min gcd lcm floor ceil ceiling binomial factorial det sgn "
+    "sign re im arg gamma erf mod".split()
+)
+"""Names that are functions in plain text and in LaTeX."""
+ALIASES = {
+    "asin": "arcsin",
+    "acos": "arccos",
+    "atan": "arctan",
+    "asinh": "arcsinh",
+    "acosh": "arccosh",
+    "atanh": "arctanh",
+    "ceiling": "ceil",
+    "ln": "log",
+    "sgn": "sign",
+}
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau upsilon "
+    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar nabla partial".split()
+)
+RELATIONS = {
+    "=": "=",
+    "==": "=",
+    "<": "<",
+    ">": ">",
+    "<=": "<=",
+    ">=": ">=",
+    "!=": "!=",
+    "\\le": "<=",
+    "\\leq": "<=",
+    "\\leqslant": "<=",
+    "\\leqq": "<=",
+    "\\ge": ">=",
+    "\\geq": ">=",
+    "\\geqslant": ">=",
+    "\\geqq": ">=",
+    "\\lt": "<",
+    "\\gt": ">",
+    "\\ne": "!=",
+    "\\neq": "!=",
+    "\\in": "in",
+    "\\notin": "notin",
+    "\\equiv": "equiv",
+    "\\approx": "approx",
+    "\\simeq": "approx",
+    "\\sim": "approx",
+    "\\to": "to",
+    "\\rightarrow": "to",
+    "\\mapsto": "to",
+    "\\subset": "subset",
+    "\\subseteq": "subset",
+    "\\mid": "mid",
+    "\\parallel": "parallel",
+    "\\perp": "perp",
+}
+STYLES = frozenset(
+    "mathrm mathbf mathit mathsf mathtt mathcal mathfrak boldsymbol bm rm bf it operatorname pmb mathnormal displaystyle "
+    "textstyle scriptstyle underline boxed fbox phantom limits nolimits".split()
+)
+"""Commands that change how their argument looks."""
+TEXTS = frozenset("text textbf textit textrm textsf texttt textnormal mbox hbox emph textup".split())
+ACCENTS = frozenset("overline vec hat bar tilde widehat widetilde overrightarrow overleftrightarrow dot ddot underbrace".split())
+SILENT = frozenset(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits "
+    "nolimits quad qquad , ; : ! > nonumber notag middle rm bf it".split()
+)
+ENVIRONMENTS = frozenset("pmatrix bmatrix matrix Bmatrix vmatrix Vmatrix smallmatrix array".split())
+LISTS = frozenset("cases aligned align align* gathered split".split())
+SPACES = {"R": "R", "Q": "Q", "Z": "Z", "N": "N", "C": "C"}
+
+JOINING = frozenset({"and", "or", "&"})
+"""Words between the items of a list."""
+NEUTRAL = frozenset(
+    "the a an answer answers final result results value values is are be equals equal to so thus therefore hence we have get "
+    "solution solutions of x y n only total there".split()
+)
+"""Words before a number that change nothing about it."""
+DOUBT = frozenset(
+    "not no none never maybe perhaps possibly probably either neither nor alternatively otherwise approximately about roughly "
+    "around nearly almost except unless isn't less more least most over under between if when mod modulo remainder squared "
+    "cubed minus plus times divided half third hundred thousand million billion trillion dozen negative wrong false incorrect "
+    "undefined impossible unknown unless but instead".split()
+)
+"""Words that change what a number beside them says: it is not taken to be annotated by them."""
+
+_UNITS: dict[str, tuple[str, str, str]] = {  # words: (dimension, factor to the dimension's first unit)
+    "m meter meters metre metres": ("length", "1", "m"),
+    "cm centimeter centimeters centimetre centimetres": ("length", "1/100", "cm"),
+    "mm millimeter millimeters millimetre millimetres": ("length", "1/1000", "mm"),
+    "km kilometer kilometers kilometre kilometres": ("length", "1000", "km"),
+    "in inch inches": ("length", "127/5000", "in"),
+    "ft foot feet": ("length", "381/1250", "ft"),
+    "yd yard yards": ("length", "1143/1250", "yd"),
+    "mi mile miles": ("length", "201168/125", "mi"),
+    "s sec secs second seconds": ("time", "1", "s"),
+    "min mins minute minutes": ("time", "60", "min"),
+    "h hr hrs hour hours": ("time", "3600", "h"),
+    "day days": ("time", "86400", "day"),
+    "week weeks": ("time", "604800", "week"),
+    "month months": ("month", "1", "month"),
+    "year years yr yrs": ("month", "12", "year"),
+    "g gram grams": ("mass", "1", "g"),
+    "kg kilogram kilograms kgs": ("mass", "1000", "kg"),
+    "mg milligram milligrams": ("mass", "1/1000", "mg"),
+    "lb lbs pound pounds": ("pound", "1", "lb"),
+    "oz ounce ounces": ("pound", "1/16", "oz"),
+    "l liter liters litre litres": ("volume", "1", "l"),
+    "ml milliliter milliliters": ("volume", "1/1000", "ml"),
+    "$ dollar dollars usd": ("dollar", "1", "$"),
+    "cent cents ¢": ("dollar", "1/100", "cent"),
+    "€ euro euros eur": ("euro", "1", "€"),
+    "£ gbp": ("sterling", "1", "£"),
+    "¥ yuan rmb": ("yuan", "1", "yuan"),
+    "deg degree degrees °": ("angle", "1", "degree"),
+    "rad radian radians": ("radian", "1", "rad"),
+    "unit units": ("unit", "1", "unit"),
+    "mph": ("mph", "1", "mph"),
+    "kph kmh": ("kmh", "1", "kmh"),
+    "n newton newtons": ("force", "1", "N"),
+    "j joule joules": ("energy", "1", "J"),
+    "w watt watts": ("power", "1", "W"),
+    "v volt volts": ("voltage", "1", "V"),
+    "hz hertz": ("frequency", "1", "Hz"),
+}
+UNITS = {word: value for words, value in _UNITS.items() for word in words.split()}
+"""Word to (dimension, factor to the dimension's base unit, name)."""
+PERCENT = frozenset({"percent", "pct", "percentage", "percents", "%", "\\%"})
+NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen twenty".split()
+    )
+}

@@ -1,0 +1,108 @@
+"""The readings of one answer: as mathematics, as words, as a choice, as a time of day."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from agentloop.expressions.read import parse
+from agentloop.expressions.tokens import plain
+from agentloop.expressions.tree import MAX_LENGTH, Node, Unreadable, number
+from agentloop.expressions.words import NUMBER_WORDS
+
+_CHOICE = re.compile(r"\(?([A-J])\)?(?:[.):](?:\s.*)?|)", re.DOTALL)
+_OTHER_CHOICE = re.compile(r"(?:\b(?:or|and|not)\b|(?<![A-Za-z])\(?[A-J][.)](?:\s|$))")
+_TIME = re.compile(r"([0-9]{1,2})(?::([0-9]{2})(?::([0-9]{2}))?)?\s*(a\.?m\.?|p\.?m\.?)?", re.IGNORECASE)
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boxed|textnormal|texttt|textsf)\s*\{([^{}]*)\}")
+_DECIMAL_COMMA = re.compile(r"[-+−$€£\s]*[0-9]+,[0-9]+(?:\s|[^0-9,]|$)")
+_PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?(?:answer|result|solution)\s*(?:is|:|=)\s*:?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer in all its readings."""
+
+    trees: tuple[Node, ...]
+    """Several where a comma may be a separator, the thousands' or the decimals'."""
+    words: str
+    """In lower case, without punctuation and articles; empty if there are no words in it."""
+    choice: str
+    """`A` to `J`, if it begins as a choice."""
+    lone: bool
+    """It is that letter and nothing else."""
+    time: tuple[int, int, int, bool] | None
+    """Hour (of 24), minute, second, and whether am or pm was said."""
+
+    @property
+    def readable(self) -> bool:
+        return bool(self.trees or self.words or self.time)
+
+
+def read_answer(text: str) -> Answer:
+    """Every reading of `text`. Never raises for what is in it."""
+    if len(text) > MAX_LENGTH * 2:
+        return Answer((), "", "", False, None)
+    text = plain(text).strip()
+    text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
+    bare = _unwrapped(text)
+    trees: list[Node] = []
+    for grouping in _groupings(bare):
+        try:
+            tree = parse(text, grouping)
+        except Unreadable:
+            continue
+        if tree not in trees:
+            trees.append(tree)
+    if bare.casefold() in NUMBER_WORDS:
+        trees = [number(NUMBER_WORDS[bare.casefold()])]
+    choice = _CHOICE.fullmatch(bare)
+    rest = bare[choice.end(1) :] if choice else ""
+    chosen = choice[1] if choice and not _OTHER_CHOICE.search(rest) else ""
+    return Answer(tuple(trees), _words(bare, bool(trees)), chosen, bool(chosen) and not rest.strip(".) "), _time(bare))
+
+
+def _groupings(bare: str) -> list[str]:
+    if not re.search(r"[0-9],[0-9]", bare):
+        return ["all"]
+    found = ["all", "sure"]
+    if bare.count(",") == 1 and _DECIMAL_COMMA.match(bare):
+        found.append("comma")
+    return found
+
+
+def _unwrapped(text: str) -> str:
+    """Without `$`, styles and white space around."""
+    for _ in range(4):
+        shorter = _WRAPPED.sub(lambda m: " " + m[1] + " ", text)
+        if shorter == text:
+            break
+        text = shorter
+    text = re.sub(r"\\[,;:! ]|~|\$(?![0-9])", " ", text)
+    return " ".join(text.split()).strip(" .\"'*")
+
+
+def _words(bare: str, mathematics: bool) -> str:
+    """The text as words, if it is such: without a digit or sign, or no mathematics and with a word in it."""
+    letters = re.sub(r"[^\w\s'-]", " ", bare.replace("\\", " "))
+    words = [word.strip("'-_") for word in letters.casefold().split()]
+    kept = [word for word in words if word and word not in ("the", "a", "an")] or [word for word in words if word]
+    if not kept or not any(len(word) > 1 and word.isalpha() for word in kept):
+        return bare if len(bare) == 1 and bare.isalpha() else ""
+    if mathematics and re.search(r"[^A-Za-z\s.,'-]", bare):
+        return ""
+    if not mathematics and re.search(r"[\\^_{}=+*/<>|]", bare):
+        return " ".join(bare.split())  # unknown LaTeX is compared as it is written
+    return " ".join(kept)
+
+
+def _time(bare: str) -> tuple[int, int, int, bool] | None:
+    match = _TIME.fullmatch(bare.strip())
+    if match is None or (match[2] is None and match[4] is None):
+        return None
+    hour, minute, second = int(match[1]), int(match[2] or 0), int(match[3] or 0)
+    half = (match[4] or "").casefold()[:1]
+    if hour > 23 or minute > 59 or second > 59 or (half and not 1 <= hour <= 12):
+        return None
+    if half:
+        hour = hour % 12 + (12 if half == "p" else 0)
+    return hour, minute, second, bool(half)

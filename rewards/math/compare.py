@@ -1,0 +1,443 @@
+"""Whether an answer says the same as the ground truth.
+
+Equality is exact: rational numbers as fractions, other constants to 95 digits, functions at several points. A decimal is never
+taken for the number that it approximates, but for a ground truth of 15 digits or more, which is how a program writes what is
+not rational.
+
+It is symmetric but for what one side may leave out or add:
+
+- a unit or another annotation, a percent or degree sign, or the name in `x = 5` may be missing on either side;
+- `6 pm` for `6` is right, `6` for `6 pm` is not;
+- a ground truth of 15 digits stands for the irrational number it was rounded from, an answer does not;
+- a ground truth that is a choice (`C`) is met by `C. x = 42`, and the other way round.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import mpmath
+
+from agentloop.expressions.tree import Node, names, number, written
+from agentloop.expressions.value import Huge, NoNumber, Undefined, is_real, points, proportional, same_function, value
+from agentloop.expressions.words import UNITS
+from agentloop.rewards.math.answers import Answer, read_answer
+from agentloop.rewards.math.intervals import NoSet, intervals
+
+MAX_ITEMS = 60
+"""Items of a list or set that are matched in any order."""
+_ORDER = {"<": 1, "<=": 1, ">": -1, ">=": -1}
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Whether `answer` says what `gold` says."""
+    return same_answer(read_answer(gold), read_answer(answer))
+
+
+def same_answer(gold: Answer, answer: Answer) -> bool:
+    if gold.choice and answer.choice and (gold.lone or answer.lone):
+        return gold.choice == answer.choice
+    if gold.words and gold.words == answer.words:
+        return True
+    if gold.time and answer.time and (gold.time[3] or answer.time[3] or gold.time == answer.time):
+        said = gold.time[3] <= answer.time[3] or answer.time[0] > 12 or gold.time[0] == 0
+        return gold.time[:3] == answer.time[:3] and said
+    if gold.time and answer.time:  # 12:00 and 1:00; as proportions they may be equal only where they are no times
+        return False
+    return any(same(one, two) for one in gold.trees for two in answer.trees)
+
+
+def same(gold: Node, answer: Node) -> bool:
+    """Whether two trees say the same."""
+    try:
+        return _same(gold, answer)
+    except Undefined:
+        return False
+    except (Huge, NoNumber):
+        return written(gold) == written(answer)
+
+
+def _same(gold: Node, answer: Node) -> bool:
+    whole = gold, answer
+    gold_name, gold = _named(gold)
+    name, answer = _named(answer)
+    if bool(gold_name) != bool(name) and all(side.op == "rel" and side.text == "=" for side in whole):
+        if "rel" in (gold.op, answer.op):
+            return _same_equation(*whole)
+    if gold.op == "false" or answer.op == "false":
+        return False
+    if gold_name and name and gold_name != name and _is_variable(gold_name) and _is_variable(name) and not names(gold):
+        return False
+    gold, answer = _expanded(gold), _expanded(answer)
+    kinds = {gold.op, answer.op}
+    if "rel" in kinds or kinds & {"union", "inter", "diff", "space"}:
+        return _same_relation(gold, answer)
+    if kinds & {"list", "set", "tuple", "matrix"}:
+        return _same_collection(gold, answer)
+    if "base" in kinds:
+        return _same_base(gold, answer)
+    if "ratio" in kinds:
+        return _same_ratio(gold, answer)
+    return _same_quantity(gold, answer)
+
+
+# -- names: «x = 5» ---------------------------------------------------------------------------------------------------------
+
+_FALSE = Node("false")
+
+
+def _named(node: Node) -> tuple[str, Node]:
+    """What a chain of equations names, and what it says that is; `("", node)` for anything else.
+
+    `x = 2 + 3 = 5` is 5 with the name `x`. Approximations behind an exact value are dropped. A chain of constants that are not
+    equal says nothing that could be right.
+    """
+    if node.op != "rel":
+        return "", node
+    operators = node.text.split()
+    sides = list(node.args)
+    if "approx" in operators:
+        first = operators.index("approx")
+        if first == 0 and _is_name(sides[0]):
+            operators[0] = "="
+            if "approx" in operators:
+                first = operators.index("approx")
+                operators, sides = operators[:first], sides[: first + 1]
+        else:
+            operators, sides = operators[:first], sides[: first + 1]
+    if len(sides) == 1:
+        return "", sides[0]
+    if any(operator != "=" for operator in operators):
+        if operators == ["in"] and _is_name(sides[0]) and sides[1].op in ("tuple", "set", "union", "inter", "diff", "space"):
+            return "", sides[1]
+        return "", Node("rel", tuple(sides), " ".join(operators))
+    name = ""
+    if _is_name(sides[0]) and not (len(sides) == 2 and _is_name(sides[1]) and sides[0].op == "sym" and sides[1].op == "sym"):
+        name = written(sides[0])
+        sides = sides[1:]
+    elif len(sides) == 2 and _is_name(sides[1]) and not names(sides[0]):  # 5 = x
+        return written(sides[1]), sides[0]
+    if len(sides) == 1:
+        return name, sides[0]
+    if all(not names(side) for side in sides[1:]) and not names(sides[0]):
+        return name, sides[-1] if all(same(side, sides[-1]) for side in sides) else _FALSE
+    if name or len(sides) > 2:
+        return name, sides[-1] if all(same(side, sides[-1]) for side in sides) else _FALSE
+    return "", Node("rel", tuple(sides), " ".join(operators))
+
+
+def _is_name(node: Node) -> bool:
+    """A symbol, a function of symbols, a pair of names, a ratio or fraction of segments, |AB|."""
+    if node.op == "sym":
+        return True
+    if node.op == "mul":
+        if len(node.args) == 2 and node.args[0].op == "sym" and node.args[1].op in ("sym", "num") and _letter(node.args[0]) in "fghFGHPQTWpq":
+            return True
+        return all(arg.op == "sym" and arg.text[:1].isupper() for arg in node.args)  # AB
+    if node.op == "call":
+        return node.text in ("abs", "det") and _is_name(node.args[0]) or node.text in ("max", "min")
+    if node.op in ("div", "ratio", "tuple"):
+        return all(_is_name(arg) and (node.op != "div" or _letter(arg).isupper() or "_" in arg.text) for arg in node.args)
+    return node.op == "opaque" and node.text in ("overline", "accent", "prime")
+
+
+def _letter(node: Node) -> str:
+    while node.args:
+        node = node.args[0]
+    return node.text[:1] or "?"
+
+
+def _is_variable(name: str) -> bool:
+    """`sym:x()`: one letter, as `written` has it."""
+    return name.startswith("sym:") and len(name) == len("sym:x()") and name[4].islower()
+
+
+def _expanded(node: Node) -> Node:
+    """`±` as the list of its two values."""
+    signs = [part for part in node.walk() if part.op in ("pm", "plusminus")]
+    if not signs or node.op in ("list", "set") or len(signs) > 3:
+        if node.op in ("list", "set") and signs:
+            items: list[Node] = []
+            for arg in node.args:
+                found = _expanded(_named(arg)[1])
+                items += found.args if found.op == "list" else (found,)
+            return Node(node.op, tuple(items), node.text)
+        return node
+    return Node("list", (_signed(node, 1), _signed(node, -1)))
+
+
+def _signed(node: Node, sign: int) -> Node:
+    args = tuple(_signed(arg, sign) for arg in node.args)
+    if node.op == "pm":
+        return args[0] if sign > 0 else Node("neg", args)
+    if node.op == "plusminus":
+        return Node("add", (args[0], args[1] if sign > 0 else Node("neg", (args[1],))))
+    return Node(node.op, args, node.text, node.value)
+
+
+# -- quantities -------------------------------------------------------------------------------------------------------------
+
+
+def _same_quantity(gold: Node, answer: Node) -> bool:
+    gold_mark, gold = _annotation(gold)
+    mark, answer = _annotation(answer)
+    if gold.op in ("list", "set", "tuple", "matrix", "rel", "union", "base", "ratio") or answer.op in ("list", "rel", "set"):
+        return (not gold_mark or not mark or _same_unit(gold_mark, mark) == 1) and _same(gold, answer)
+    if gold_mark == mark or not gold_mark or not mark:
+        factor = Fraction(1)
+        if (gold_mark == "%") != (mark == "%"):  # 10 % is 0.1, and 10 where per cent is understood
+            percent, other = (gold, answer) if gold_mark == "%" else (answer, gold)
+            if same(Node("div", (percent, number(100))), other):
+                return True
+    else:
+        found = _same_unit(gold_mark, mark)
+        if found is None:
+            return _letter_unit(gold, gold_mark, answer, mark)
+        factor = found
+    if factor != 1:
+        answer = Node("mul", (answer, number(factor)))
+    if not mark and gold_mark and _letter_unit(gold, gold_mark, answer, mark):
+        return True
+    return _same_number(gold, answer)
+
+
+def _letter_unit(gold: Node, gold_mark: str, answer: Node, mark: str) -> bool:
+    """`5 m` without `\\text`: the unit was read as a symbol."""
+    if answer.op != "mul" or answer.args[-1].op != "sym" or mark:
+        return False
+    rest = answer.args[:-1]
+    unit = _same_unit(gold_mark, answer.args[-1].text)
+    return unit == 1 and same(gold, rest[0] if len(rest) == 1 else Node("mul", rest))
+
+
+def _annotation(node: Node) -> tuple[str, Node]:
+    """A unit, `%` or `degree`, and what it stands at; a sign before it belongs to the number."""
+    if node.op == "neg":
+        mark, inner = _annotation(node.args[0])
+        return mark, Node("neg", (inner,))
+    if node.op == "unit":
+        inner_mark, inner = _annotation(node.args[0])
+        if node.text.casefold() in ("c", "f") and inner_mark == "degree":
+            return f"degree {node.text.casefold()}", inner
+        return node.text, inner
+    if node.op == "percent":
+        return "%", node.args[0]
+    if node.op == "degree":
+        return "degree", node.args[0]
+    return "", node
+
+
+def _same_unit(gold: str, answer: str) -> Fraction | None:
+    """By what a quantity in `answer` is multiplied to be one in `gold`; `None` if they measure different things."""
+    one, two = _unit(gold), _unit(answer)
+    if one[0] == two[0]:
+        return two[1] / one[1]
+    left, right = set(gold.split()), set(answer.split())
+    known = {word for word in left | right if word in UNITS or word in ("%", "degree")}
+    return Fraction(1) if (left <= right or right <= left) and not known - (left & right) else None
+
+
+def _unit(text: str) -> tuple[str, Fraction]:
+    """Dimension and factor of `cm`, `cm ^2`, `square feet`, `cubic m`; of anything else its words, in the singular."""
+    words = text.replace("^", " ^").split()
+    power = 1
+    if words and words[0] in ("square", "sq", "cubic", "cu"):
+        power = 2 if words[0] in ("square", "sq") else 3
+        words = words[1:]
+    if len(words) == 2 and words[1] in ("^2", "^3") and power == 1:
+        power = int(words[1][1])
+        words = words[:1]
+    if len(words) == 2 and words[1] in ("squared", "cubed"):
+        power, words = (2 if words[1] == "squared" else 3), words[:1]
+    if len(words) == 1 and words[0] in UNITS:
+        dimension, factor, _ = UNITS[words[0]]
+        return f"{dimension}^{power}", Fraction(factor) ** power
+    return " ".join(word.removesuffix("s") for word in text.split()), Fraction(1)
+
+
+def _same_number(gold: Node, answer: Node) -> bool:
+    try:
+        if same_function(gold, answer):
+            return True
+    except NoNumber:
+        if gold.op in ("list", "set", "tuple", "matrix", "rel") or answer.op in ("list", "set", "tuple", "matrix", "rel"):
+            return False
+        raise
+    return _rounded_from(gold, answer)
+
+
+def _rounded_from(gold: Node, answer: Node) -> bool:
+    """A ground truth of 15 or more significant digits, and an irrational answer that it is the rounding of."""
+    sign, literal = (-1, gold.args[0]) if gold.op == "neg" else (1, gold)
+    if literal.op != "num" or "." not in literal.text or "e" in literal.text.lower() or "(" in literal.text or names(answer):
+        return False
+    digits = literal.text.replace(".", "").lstrip("0")
+    if len(digits) < 15 or literal.value is None:
+        return False
+    found = value(answer)
+    if isinstance(found, Fraction) or not is_real(found):
+        return False
+    places = len(literal.text.partition(".")[2])
+    expected = sign * literal.value
+    with mpmath.workdps(110):
+        distance = abs(found.real - mpmath.mpf(expected.numerator) / expected.denominator)
+        return bool(distance <= mpmath.mpf(10) ** -places)
+
+
+def _same_base(gold: Node, answer: Node) -> bool:
+    if gold.op == answer.op == "base":
+        return gold.value == answer.value and gold.text.lstrip("0") == answer.text.lstrip("0")
+    based, other = (gold, answer) if gold.op == "base" else (answer, gold)
+    return based.value == 10 and _same(number(int(based.text)), other)
+
+
+def _same_ratio(gold: Node, answer: Node) -> bool:
+    if gold.op == answer.op == "ratio" and len(gold.args) == len(answer.args):
+        first = zip(gold.args, answer.args, strict=True)
+        if all(same(one, two) for one, two in first):
+            return True
+        scale = [Node("div", pair) for pair in zip(gold.args, answer.args, strict=True)]
+        return all(same(scale[0], other) for other in scale[1:])
+    ratio, other = (gold, answer) if gold.op == "ratio" else (answer, gold)
+    return len(ratio.args) == 2 and other.op != "ratio" and _same(Node("div", ratio.args), other)
+
+
+# -- collections ------------------------------------------------------------------------------------------------------------
+
+
+def _same_collection(gold: Node, answer: Node) -> bool:
+    gold, answer = _single(gold), _single(answer)
+    if gold.op not in ("list", "set", "tuple", "matrix") and answer.op not in ("list", "set", "tuple", "matrix"):
+        return _same(gold, answer)
+    if "unit" in (gold.op, answer.op) or "degree" in (gold.op, answer.op) or "percent" in (gold.op, answer.op):
+        gold_mark, one = _annotation(gold)
+        mark, two = _annotation(answer)
+        return (not gold_mark or not mark or _same_unit(gold_mark, mark) == 1) and _same(one, two)
+    kinds = {gold.op, answer.op}
+    if "matrix" in kinds:
+        return _same_matrix(gold, answer)
+    if not kinds <= {"list", "set", "tuple"}:
+        return False
+    if len(gold.args) != len(answer.args):
+        return False
+    if gold.op == answer.op == "tuple":
+        brackets = gold.text == answer.text or (len(gold.args) > 2 and {gold.text, answer.text} <= {"()", "[]"})
+        return brackets and _in_order(gold.args, answer.args)
+    if kinds == {"set", "tuple"}:
+        return len(gold.args) == 0
+    if kinds == {"list", "tuple"}:
+        brackets = (gold if gold.op == "tuple" else answer).text
+        return brackets in ("()", "[]") and _in_order(gold.args, answer.args)
+    return _in_any_order(gold, answer)
+
+
+def _single(node: Node) -> Node:
+    """`{4}` and `[4]` are 4."""
+    return _single(node.args[0]) if node.op in ("set", "tuple", "list") and len(node.args) == 1 else node
+
+
+def _in_order(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
+    return len(gold) == len(answer) and all(same(one, two) for one, two in zip(gold, answer, strict=True))
+
+
+def _in_any_order(gold: Node, answer: Node) -> bool:
+    if len(gold.args) > MAX_ITEMS:
+        return _in_order(gold.args, answer.args)
+    gold_names, names_ = [_named(arg)[0] for arg in gold.args], [_named(arg)[0] for arg in answer.args]
+    distinct = len(set(gold_names)) > 1, len(set(names_)) > 1
+    if all(gold_names) and all(names_) and all(distinct):
+        if set(gold_names) != set(names_) or len(set(names_)) != len(names_):
+            return _numbered(gold_names) and _numbered(names_) and _match(gold.args, answer.args)
+        by_name = {name: arg for name, arg in zip(names_, answer.args, strict=True)}
+        return all(same(arg, by_name[name]) for name, arg in zip(gold_names, gold.args, strict=True))
+    if (distinct[0] and all(gold_names) and not any(names_)) or (distinct[1] and all(names_) and not any(gold_names)):
+        numbered = _numbered(gold_names if distinct[0] else names_)
+        return _match(gold.args, answer.args) if numbered else _in_order(gold.args, answer.args)
+    return _match(gold.args, answer.args)
+
+
+def _numbered(found: list[str]) -> bool:
+    """`x_1`, `x_2`, …: several values of one unknown."""
+    return len({name.partition("_")[0] for name in found}) == 1
+
+
+def _match(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
+    left = list(answer)
+    for one in gold:
+        for place, two in enumerate(left):
+            if same(one, two):
+                del left[place]
+                break
+        else:
+            return False
+    return not left
+
+
+def _same_matrix(gold: Node, answer: Node) -> bool:
+    if gold.op == answer.op:
+        if len(gold.args) != len(answer.args):
+            return False
+        return all(_in_order(one.args, two.args) for one, two in zip(gold.args, answer.args, strict=True))
+    matrix, other = (gold, answer) if gold.op == "matrix" else (answer, gold)
+    if len(matrix.args) == 1:
+        entries = matrix.args[0].args
+    elif all(len(row.args) == 1 for row in matrix.args):
+        entries = tuple(row.args[0] for row in matrix.args)
+    else:  # [[1, 2], [3, 4]]
+        if other.op not in ("tuple", "list") or len(other.args) != len(matrix.args):
+            return False
+        return all(two.op == "tuple" and _in_order(one.args, two.args) for one, two in zip(matrix.args, other.args, strict=True))
+    return other.op in ("tuple", "list") and other.text in ("()", "[]", "") and _in_order(entries, other.args)
+
+
+# -- equations, inequalities, sets of real numbers --------------------------------------------------------------------------
+
+
+def _same_relation(gold: Node, answer: Node) -> bool:
+    equations = [node.op == "rel" and node.text == "=" for node in (gold, answer)]
+    if all(equations):
+        return _same_equation(gold, answer)
+    if any(equations):
+        return False
+    try:
+        return intervals(gold) == intervals(answer)
+    except NoSet:
+        pass
+    if gold.op == answer.op == "rel":
+        if gold.text == answer.text and _in_order(gold.args, answer.args):
+            return True
+        return _same_inequality(gold, answer)
+    if gold.op == answer.op and len(gold.args) == len(answer.args) and gold.text == answer.text:
+        return _match(gold.args, answer.args) if gold.op in ("union", "inter") else _in_order(gold.args, answer.args)
+    return False
+
+
+def _difference(node: Node) -> Node:
+    return Node("add", (node.args[0], Node("neg", (node.args[1],))))
+
+
+def _same_equation(gold: Node, answer: Node) -> bool:
+    try:
+        return proportional(_difference(gold), _difference(answer))
+    except NoNumber:
+        return _in_order(gold.args, answer.args) or _in_order(gold.args, answer.args[::-1])
+
+
+def _same_inequality(gold: Node, answer: Node) -> bool:
+    """Of several unknowns: the same up to a factor, whose sign turns the relation round."""
+    if gold.text not in _ORDER or answer.text not in _ORDER:
+        return False
+    if ("=" in gold.text) != ("=" in answer.text):
+        return False
+    one, two = _difference(gold), _difference(answer)
+    if not proportional(one, two):
+        return False
+    for point in points(names(one)):
+        try:
+            left, right = value(one, point, digits=50), value(two, point, digits=50)
+        except Undefined:
+            continue
+        if left != 0 and is_real(left) and is_real(right):
+            turned = (left.real > 0) != (right.real > 0)
+            return (_ORDER[gold.text] == _ORDER[answer.text]) != turned
+    return False
