@@ -18,6 +18,7 @@ from agentloop.tools.shell import Shell
 from agentloop.tools.submit import Submit
 from agentloop.tools.workspace import SandboxTool
 from agentloop.trajectory import CallStatus, Sample, ToolCall
+from tests.tools import services
 from tests.tools.examples import Counter, Sleeper, repeat
 
 
@@ -37,6 +38,9 @@ TOOLS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "shell": (lambda: Shell(BOX), {"command": "expr 6 '*' 7"}, "42"),
     "file": (lambda: File(BOX), {"action": "list"}, "The folder is empty."),
     "submit": (Submit, {"answer": "42"}, "42"),
+    "search": (services.search, {"query": "rings"}, "[1] saturn (id: saturn.txt)\nSaturn has rings."),
+    "http_tool": (services.http_tool, {"question": "6*7"}, "42"),
+    "mcp": (services.mcp, {"text": "42"}, "42"),
     "function": (lambda: repeat, {"text": "ab"}, "abab"),
     "counter": (Counter, {"by": 3}, "3"),
     "sleeper": (Sleeper, {"seconds": 0.0}, "awake"),

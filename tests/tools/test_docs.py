@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     guess = next(snippet for snippet in snippets("python") if "class Guess" in snippet)
     hint = "\n\ndef hint(parity: bool) -> str:\n    return 'odd'\n"
     (tmp_path / "guessing.py").write_text(guess + hint, encoding="utf-8")
+    (tmp_path / "manuals").mkdir()
+    (tmp_path / "manuals" / "kettle.md").write_text("# Kettle\n\nFill it before use.")
+    shutil.copy(Path(__file__).parent / "shop.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SHOP_TOKEN", "t0ken")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     yield tmp_path
     monkeypatch.delitem(sys.modules, "guessing", raising=False)
 
@@ -49,6 +58,9 @@ def test_every_tools_file_loads_and_shows_what_its_section_is_about(folder: Path
     if tool is not None and tool[1] != "calculator":
         assert files, "an example is missing"
     for file in files:
+        for program in re.findall(r"command: ([\w-]+)", file):
+            if shutil.which(program) is None:
+                pytest.skip(f"{program} is not installed")
         (folder / "tools.yaml").write_text(file, encoding="utf-8")
         entries, problems = read_tools(folder / "tools.yaml")
         assert not problems and entries
