@@ -352,7 +352,8 @@ class Place:
         end = run.go()
         oom = self.group.kills() > kills
         killed = end not in ("report", "exit")
-        lost = python and (killed or child.exited is not None) and not once
+        had_state = self.interpreter is not None and (killed or (python and child.exited is not None))
+        lost = had_state and not once
         if once or killed:
             self._kill_all()
         elif python and child.exited is not None:
