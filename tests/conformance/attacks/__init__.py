@@ -1,7 +1,7 @@
 """Attacks on sandboxes, as data: each is Python code that a model might write, and its judge on the host.
 
-An attack counts only where it succeeds against a plain `subprocess` (`baseline.py`); `test_sandboxes_attacks.py` asserts that in
-the same run in which it throws the attack at every kind of sandbox.
+An attack counts only where it succeeds against a plain `subprocess` (`baseline.py`); `test_sandboxes_attacks.py` asserts that
+in the same run in which it throws the attack at every kind of sandbox.
 """
 
 from __future__ import annotations
