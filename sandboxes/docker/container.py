@@ -26,6 +26,8 @@ class Container:
         self.channel = channel
         self.inside = inside
         """What the driver found in there: see `inside` in repl_driver.py."""
+        self.oom_before = False
+        """Something in it was killed for memory, and it lived on."""
 
     @staticmethod
     async def make(engine: Engine, config: DockerConfig, limits: Limits) -> Container:
@@ -73,7 +75,8 @@ class Container:
             state = await self._engine.state(self.name)
         except SandboxError as error:
             return False, str(error)
-        if state.get("OOMKilled"):
+        # Also true of a container in which a child was killed for memory long ago.
+        if state.get("OOMKilled") and not self.oom_before:
             return True, f"it needed more memory than the {self.limits.memory_mb} MiB that it may have"
         said = self.channel.complaint
         if not state:

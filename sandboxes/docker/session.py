@@ -124,6 +124,7 @@ class DockerSession(Session):
         said, body = await container.channel.ask("run", **request)
         if "status" not in said:
             return Result(Status.INFRA, error=f"docker: the driver failed: {said.get('error')}")
+        container.oom_before |= said["status"] == "oom"
         found: dict[str, bytes] = {}
         for name, path in fetch.items():
             try:
