@@ -30,6 +30,7 @@ from agentloop.verl.client import VerlEngine
 from agentloop.verl.fleet import Fleet
 from agentloop.verl.metrics import metrics
 from agentloop.verl.settings import read_settings, refuse_agent_names
+from agentloop.verl.turn_advantage import NAME as TURNS  # the import registers the estimator in the trainer's process
 from agentloop.verl.worker import GroupRequest, RolloutWorker, build_loop, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
             with open_dict(config):
                 config.algorithm.adv_estimator = NAME
             logger.warning("algorithm.adv_estimator: grpo becomes %s, which keeps masked trajectories out of groups", NAME)
-        else:
+        elif estimator != TURNS:  # which keeps them out itself
             logger.warning(
                 "algorithm.adv_estimator=%s with the legacy trainer: masked trajectories count as reward 0 in their group's "
                 "baseline; use grpo, or the V1 trainer",
