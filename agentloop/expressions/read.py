@@ -155,7 +155,7 @@ class _Reader:
             node = Node("unit", (self._relation(),), unit)
         else:
             node = self._relation()
-        return self._annotated(node)
+        return self._annotated(node) if node.op == "unit" else node
 
     def _wordy(self) -> bool:
         token = self._next
@@ -206,7 +206,7 @@ class _Reader:
     def _relation(self) -> Node:
         if self._is("=", "\\approx"):  # «= 5»
             self._at += 1
-        sides = [self._sets()]
+        sides = [self._annotated(self._sets())]
         operators: list[str] = []
         while True:
             token = self._next
@@ -225,7 +225,7 @@ class _Reader:
                 operators.append("in")
             else:
                 break
-            sides.append(self._sets())
+            sides.append(self._annotated(self._sets()))
         if not operators:
             return sides[0]
         return Node("rel", tuple(sides), " ".join(operators))
@@ -545,7 +545,9 @@ class _Reader:
             return Node("opaque", (self._argument(),), "mod")
         if name == "tag":
             raise Unreadable("a tag stands in it")
-        raise Unreadable(f"'\\{name[:20]}' is not known")
+        if not name.isalpha():
+            raise Unreadable(f"'\\{name[:20]}' is not known")
+        return self._symbol("\\" + name)
 
     def _is_space(self) -> bool:
         following = self._tokens[self._at : self._at + 3]

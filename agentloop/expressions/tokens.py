@@ -72,7 +72,7 @@ _SUB = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _SPECIAL = re.compile("[" + re.escape("".join(_SYMBOLS)) + "]")
 _WIDE = re.compile("[\uff01-\uff5e]")
 _DOUBLED = re.compile(r"\\\\(?=(?:begin|end|d?frac|tfrac|sqrt|left|right|text|pi|circ|infty|cdot|times|boxed|mathbf|mathrm)\b)")
-_SPECIAL_END = re.compile(r"(?:\\[ ,;:!]|[ \t\r\n.;:~])+$")
+_DOUBLED_ANY = re.compile(r"\\\\(?=[A-Za-z]{2})")  # outside of tables, where `\\\\` ends a row
 
 
 def plain(text: str) -> str:
@@ -83,14 +83,17 @@ def plain(text: str) -> str:
         text = _SUPER.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
         text = _SUB.sub(lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
         text = _SPECIAL.sub(lambda m: _SYMBOLS[m[0]], text)
-    if "\\\\" in text and _DOUBLED.search(text):
-        text = _DOUBLED.sub(r"\\", text).replace("\\\\\\\\", "\\\\")
+    if "\\\\" in text:
+        if _DOUBLED.search(text):
+            text = _DOUBLED.sub(r"\\", text).replace("\\\\\\\\", "\\\\")
+        if "\\begin" not in text:
+            text = _DOUBLED_ANY.sub(r"\\", text)
     return text
 
 
 _SEPARATORS = {
-    "all": r"(?:,|\{\s*,\s*\}|,\\!\s*|\\,| )",
-    "sure": r"(?:\{\s*,\s*\}|,\\!\s*|\\,| )",
+    "all": r"(?:,|\s?\{\s?,\s?\}|,\\!\s?|\\,| )",
+    "sure": r"(?:\s?\{\s?,\s?\}|,\\!\s?|\\,| )",
 }
 _EXPONENT = r"(?:[eE][+-]?[0-9]{1,6}(?![0-9A-Za-z.]))?"
 _NUMBER = {
@@ -139,8 +142,9 @@ def tokens(text: str, grouping: str = "all") -> list[Token]:
         if char.isascii() and char.isalpha():
             match = _LETTERS.match(text, at)
             assert match is not None
-            found.append(Token("id", match[0], spaced))
-            at, spaced = match.end(), False
+            end = _joined_word(match[0], found)
+            found.append(Token("id", match[0][:end], spaced))
+            at, spaced = at + end, False
             continue
         if char == "\\":
             at, spaced = _command(text, at, spaced, found)
@@ -161,6 +165,15 @@ def tokens(text: str, grouping: str = "all") -> list[Token]:
     return found
 
 
+def _joined_word(run: str, before: list[Token]) -> int:
+    """How much of a run of letters is one token: `or` of `1orW(x)`, which lost its spaces."""
+    if before and (before[-1].kind == "number" or before[-1].text in ")]}"):
+        for word in ("or", "and"):
+            if run.startswith(word) and run[len(word) : len(word) + 2].strip() and len(run) <= len(word) + 1:
+                return len(word)
+    return len(run)
+
+
 def _money(text: str, at: int) -> bool:
     """A `$` before a number and none that closes it: money, not mathematics."""
     return text[at : at + 1].isdigit() and text.count("$") == 1
@@ -179,6 +192,8 @@ def _command(text: str, at: int, spaced: bool, found: list[Token]) -> tuple[int,
             content, end = inside
             found.append(Token("text", " ".join(content.replace("\\ ", " ").replace("\\,", " ").replace("~", " ").split()), spaced))
             return end, False
+    if name.startswith("quad") and name not in SILENT:  # `\\quadx`
+        return match.start() + len("\\quad"), True
     if name in SILENT:
         if name in ("left", "right") and text[end : end + 1] == ".":
             end += 1

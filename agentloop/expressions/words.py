@@ -67,7 +67,7 @@ TEXTS = frozenset("text textbf textit textrm textsf texttt textnormal mbox hbox 
 ACCENTS = frozenset("overline vec hat bar tilde widehat widetilde overrightarrow overleftrightarrow dot ddot underbrace".split())
 SILENT = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits "
-    "nolimits quad qquad , ; : ! > nonumber notag middle rm bf it".split()
+    "nolimits quad qquad , ; : ! > nonumber notag middle rm bf it hfill \"".split()
 )
 ENVIRONMENTS = frozenset("pmatrix bmatrix matrix Bmatrix vmatrix Vmatrix smallmatrix array".split())
 LISTS = frozenset("cases aligned align align* gathered split".split())

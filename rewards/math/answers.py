@@ -35,7 +35,7 @@ class Answer:
 
     @property
     def readable(self) -> bool:
-        return bool(self.trees or self.words or self.time)
+        return bool(self.trees or self.words or self.time or self.choice)
 
 
 def read_answer(text: str) -> Answer:

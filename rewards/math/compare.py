@@ -1,14 +1,12 @@
 """Whether an answer says the same as the ground truth.
 
-Equality is exact: rational numbers as fractions, other constants to 95 digits, functions at several points. A decimal is never
-taken for the number that it approximates, but for a ground truth of 15 digits or more, which is how a program writes what is
-not rational.
+Equality is exact: rational numbers as fractions, other constants to 95 digits, functions at several points. A decimal is not
+taken for the number that it approximates, unless it has 15 digits or more, which is how a program writes what has more.
 
 It is symmetric but for what one side may leave out or add:
 
 - a unit or another annotation, a percent or degree sign, or the name in `x = 5` may be missing on either side;
 - `6 pm` for `6` is right, `6` for `6 pm` is not;
-- a ground truth of 15 digits stands for the irrational number it was rounded from, an answer does not;
 - a ground truth that is a choice (`C`) is met by `C. x = 42`, and the other way round.
 """
 
@@ -64,11 +62,9 @@ def _same(gold: Node, answer: Node) -> bool:
     if bool(gold_name) != bool(name) and all(side.op == "rel" and side.text == "=" for side in whole):
         if "rel" in (gold.op, answer.op):
             return _same_equation(*whole)
-    if gold.op == "false" or answer.op == "false":
-        return False
     if gold_name and name and gold_name != name and _is_variable(gold_name) and _is_variable(name) and not names(gold):
         return False
-    gold, answer = _expanded(gold), _expanded(answer)
+    gold, answer = of_matrices(_expanded(gold)), of_matrices(_expanded(answer))
     kinds = {gold.op, answer.op}
     if "rel" in kinds or kinds & {"union", "inter", "diff", "space"}:
         return _same_relation(gold, answer)
@@ -83,14 +79,10 @@ def _same(gold: Node, answer: Node) -> bool:
 
 # -- names: «x = 5» ---------------------------------------------------------------------------------------------------------
 
-_FALSE = Node("false")
-
-
 def _named(node: Node) -> tuple[str, Node]:
     """What a chain of equations names, and what it says that is; `("", node)` for anything else.
 
-    `x = 2 + 3 = 5` is 5 with the name `x`. Approximations behind an exact value are dropped. A chain of constants that are not
-    equal says nothing that could be right.
+    `x = 2 + 3 = 5` is 5 with the name `x`: the last side is what is said. Approximations behind an exact value are dropped.
     """
     if node.op != "rel":
         return "", node
@@ -117,12 +109,8 @@ def _named(node: Node) -> tuple[str, Node]:
         sides = sides[1:]
     elif len(sides) == 2 and _is_name(sides[1]) and not names(sides[0]):  # 5 = x
         return written(sides[1]), sides[0]
-    if len(sides) == 1:
-        return name, sides[0]
-    if all(not names(side) for side in sides[1:]) and not names(sides[0]):
-        return name, sides[-1] if all(same(side, sides[-1]) for side in sides) else _FALSE
-    if name or len(sides) > 2:
-        return name, sides[-1] if all(same(side, sides[-1]) for side in sides) else _FALSE
+    if len(sides) != 2 or name or not (names(sides[0]) or names(sides[1])):
+        return name, sides[-1]
     return "", Node("rel", tuple(sides), " ".join(operators))
 
 
@@ -263,25 +251,28 @@ def _same_number(gold: Node, answer: Node) -> bool:
         if gold.op in ("list", "set", "tuple", "matrix", "rel") or answer.op in ("list", "set", "tuple", "matrix", "rel"):
             return False
         raise
-    return _rounded_from(gold, answer)
+    return _rounded_from(gold, answer) or _rounded_from(answer, gold)
 
 
-def _rounded_from(gold: Node, answer: Node) -> bool:
-    """A ground truth of 15 or more significant digits, and an irrational answer that it is the rounding of."""
-    sign, literal = (-1, gold.args[0]) if gold.op == "neg" else (1, gold)
-    if literal.op != "num" or "." not in literal.text or "e" in literal.text.lower() or "(" in literal.text or names(answer):
+def _rounded_from(decimal: Node, other: Node) -> bool:
+    """A decimal of 15 or more significant digits, which is how a program writes a number, and an exact one that has the same
+    15 digits. Two decimals are compared as they stand."""
+    sign, literal = (-1, decimal.args[0]) if decimal.op == "neg" else (1, decimal)
+    if not _is_decimal(literal) or literal.value is None or names(other):
         return False
-    digits = literal.text.replace(".", "").lstrip("0")
-    if len(digits) < 15 or literal.value is None:
+    if len(literal.text.replace(".", "").lstrip("0")) < 15 or _is_decimal(other.args[0] if other.op == "neg" else other):
         return False
-    found = value(answer)
-    if isinstance(found, Fraction) or not is_real(found):
+    found = value(other)
+    if not is_real(found):
         return False
-    places = len(literal.text.partition(".")[2])
-    expected = sign * literal.value
     with mpmath.workdps(110):
-        distance = abs(found.real - mpmath.mpf(expected.numerator) / expected.denominator)
-        return bool(distance <= mpmath.mpf(10) ** -places)
+        exact = mpmath.mpf(found.numerator) / found.denominator if isinstance(found, Fraction) else found.real
+        given = mpmath.mpf((sign * literal.value).numerator) / literal.value.denominator
+        return bool(mpmath.nstr(exact, 15) == mpmath.nstr(given, 15))
+
+
+def _is_decimal(node: Node) -> bool:
+    return node.op == "num" and "." in node.text and "e" not in node.text.lower() and "(" not in node.text
 
 
 def _same_base(gold: Node, answer: Node) -> bool:
@@ -318,6 +309,7 @@ def _same_collection(gold: Node, answer: Node) -> bool:
         return _same_matrix(gold, answer)
     if not kinds <= {"list", "set", "tuple"}:
         return False
+    gold, answer = _without_repeats(gold), _without_repeats(answer)
     if len(gold.args) != len(answer.args):
         return False
     if gold.op == answer.op == "tuple":
@@ -334,6 +326,14 @@ def _same_collection(gold: Node, answer: Node) -> bool:
 def _single(node: Node) -> Node:
     """`{4}` and `[4]` are 4."""
     return _single(node.args[0]) if node.op in ("set", "tuple", "list") and len(node.args) == 1 else node
+
+
+def _without_repeats(node: Node) -> Node:
+    """A solution that is listed twice is one solution: of sets, and of lists of pairs and the like."""
+    if node.op == "tuple" or (node.op == "list" and any(arg.op != "tuple" for arg in node.args)):
+        return node
+    kept = {written(arg): arg for arg in node.args}
+    return Node(node.op, tuple(kept.values()), node.text)
 
 
 def _in_order(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
@@ -388,6 +388,51 @@ def _same_matrix(gold: Node, answer: Node) -> bool:
             return False
         return all(two.op == "tuple" and _in_order(one.args, two.args) for one, two in zip(matrix.args, other.args, strict=True))
     return other.op in ("tuple", "list") and other.text in ("()", "[]", "") and _in_order(entries, other.args)
+
+
+def of_matrices(node: Node) -> Node:
+    """Sums, products and multiples of matrices as one matrix."""
+    if node.op not in ("add", "mul", "neg", "div", "unit") or not any(part.op == "matrix" for part in node.walk()):
+        return node
+    args = [of_matrices(arg) for arg in node.args]
+    if node.op == "neg" and args[0].op == "matrix":
+        return _scaled(number(-1), args[0])
+    if node.op == "div" and args[0].op == "matrix" and args[1].op != "matrix":
+        return _scaled(Node("div", (number(1), args[1])), args[0])
+    if node.op in ("add", "mul") and any(arg.op == "matrix" for arg in args):
+        result: Node | None = args[0]
+        for arg in args[1:]:
+            result = (_sum if node.op == "add" else _product)(result, arg) if result is not None else None
+        if result is not None:
+            return result
+    return node
+
+
+def _scaled(factor: Node, matrix: Node) -> Node:
+    return Node("matrix", tuple(Node("row", tuple(Node("mul", (factor, entry)) for entry in row.args)) for row in matrix.args))
+
+
+def _sum(one: Node, two: Node) -> Node | None:
+    if one.op != "matrix" or two.op != "matrix" or [len(r.args) for r in one.args] != [len(r.args) for r in two.args]:
+        return None
+    rows = zip(one.args, two.args, strict=True)
+    return Node("matrix", tuple(Node("row", tuple(Node("add", e) for e in zip(a.args, b.args, strict=True))) for a, b in rows))
+
+
+def _product(one: Node, two: Node) -> Node | None:
+    if one.op != "matrix" and two.op != "matrix":
+        return Node("mul", (one, two))
+    if one.op != "matrix" or two.op != "matrix":
+        return _scaled(one, two) if two.op == "matrix" else _scaled(two, one)
+    if len(one.args[0].args) != len(two.args) or len(one.args) * len(two.args) * len(two.args[0].args) > 1000:
+        return None
+    columns = list(zip(*(row.args for row in two.args), strict=True))
+
+    def entry(row: tuple[Node, ...], column: tuple[Node, ...]) -> Node:
+        terms = tuple(Node("mul", pair) for pair in zip(row, column, strict=True))
+        return terms[0] if len(terms) == 1 else Node("add", terms)
+
+    return Node("matrix", tuple(Node("row", tuple(entry(row.args, column) for column in columns)) for row in one.args))
 
 
 # -- equations, inequalities, sets of real numbers --------------------------------------------------------------------------

@@ -11,27 +11,33 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from agentloop.expressions.read import parse
 from agentloop.expressions.tokens import group
+from agentloop.expressions.tree import Unreadable
+from agentloop.expressions.words import UNITS
 
 MAX_TEXT = 200_000
 """Characters, from the end, in which an answer is looked for."""
 MAX_ANSWER = 20_000
 """Characters of one answer."""
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*(?=\{)")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _HASH = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _PHRASE = re.compile(
-    r"(?:(?:final|correct|right)[ \t]+)?(?:answer|result|solution|answers)(?:\*\*)?[ \t]*(?::|\bis\b|\bare\b|=)(?:[ \t]*:)?(?:\*\*)?[ \t]*",
+    r"(?:(?:final|correct|right)[ \t]+)?(?:answers?|result)(?:\*\*)?[ \t]*(?::|\bis\b|\bare\b|=)(?:[ \t]*:)?(?:\*\*)?[ \t]*",
     re.IGNORECASE,
 )
 _WEAK = re.compile(r"(?:therefore|thus|hence|so)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s+[A-Z<\[*]|\s*$|\s*\n)|<\|")
 _JOIN = re.compile(r"\b(?:and|or)\b|,|;", re.IGNORECASE)
 _HEDGE = re.compile(r"[\s.,;$]*(?:or|alternatively|maybe|perhaps|possibly)\b", re.IGNORECASE)
-_EMPTY_GAP = re.compile(r"(?:[\s$.,;:&*()\[\]]|\\\\|\\[,;:!()\[\]]|\\q?quad)*")
+_EMPTY_GAP = re.compile(r"(?:[^\w\\]|\\[^A-Za-z]|\\q?quad)*")
 _PERCENT_AFTER = re.compile(r"\}?\$?\s*(?:\\?%|percent\b|pct\b)")
-_NUMBER = re.compile(r"(?<![\w.\\{^])[-−]?[$€£]?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))+|[0-9]+)(?:[.,/][0-9]+)?(?:\s?(?:\\?%|percent\b|pct\b))?(?![0-9A-Za-z_])")
+_NUMBER = re.compile(
+    r"(?<![\w.\\{^])[-−]?[$€£]?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))+|[0-9]+)(?:[.,/][0-9]+)?(?![0-9]|[.,][0-9])"
+    r"(?:\s?(?:\\?%|percent\b|pct\b)|([A-Za-z]{1,10})(?![A-Za-z0-9_])|(?![A-Za-z_]))"
+)
 _MATH_ENDS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
 
 
@@ -168,11 +174,19 @@ def _phrase(text: str, after: int) -> str | None:
     if not content:
         return None
     pieces = _spans(content)
-    if len(content.split()) > 6 and pieces:  # a sentence: its last mathematics
+    if pieces and not _reads(content):  # a sentence: its last mathematics
         return " , ".join(pieces)
     if not pieces and (after > 0 or len(content.split()) > 30):
         return None
     return content
+
+
+def _reads(content: str) -> bool:
+    try:
+        parse(content)
+    except Unreadable:
+        return False
+    return True
 
 
 def _unmarked(text: str) -> Found:
@@ -194,7 +208,10 @@ def _spans(text: str) -> list[str]:
         while place < len(inside) and inside[place][1] <= match.start():
             place += 1
         if place == len(inside) or match.end() <= inside[place][0]:
-            spans.append((match.start(), match.end(), match[0]))
+            if match[1] is None:
+                spans.append((match.start(), match.end(), match[0]))
+            elif match[1].casefold() in UNITS:
+                spans.append((match.start(), match.end(), f"{text[match.start() : match.start(1)]} \\text{{{match[1]}}}"))
     spans.sort()
     if not spans:
         return []
@@ -206,6 +223,8 @@ def _spans(text: str) -> list[str]:
             break
         if not pieces and _PERCENT_AFTER.match(text, end):
             content += " \\%"
+        if not content:  # mathematics that is not closed in its line
+            break
         pieces.append(content)
         begin = start
     return pieces[::-1]
@@ -232,6 +251,9 @@ def _math(text: str) -> list[tuple[int, int, str]]:
                     if text[start:end].strip():
                         spans.append((at, end + len(closing), text[start:end].strip()[:MAX_ANSWER]))
                     at = end + len(closing)
+                elif limit < len(text) and not text[start:limit].strip() and (far := _closing(text, closing, limit, len(text))) >= 0:
+                    spans.append((at, far + len(closing), ""))
+                    at = far + len(closing)
                 else:
                     at = start
                 break

@@ -50,6 +50,8 @@ def _truths(gold: str) -> list[Answer]:
     """The ground truth as it stands, or, if it is a solution in words, the answer in that."""
     whole = read_answer(gold)
     marked = find_answer(gold, marked_only=True)
+    if marked.how == "truncated":
+        marked = find_answer(gold + "}", marked_only=True)
     if marked.parts and marked.how != "phrase":
         answers = [read_answer(part) for part in marked.parts]
         one = answers[0] if len(answers) == 1 else _together(answers)
