@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import AsyncIterable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,22 @@ def check_sampling(sampling: Sampling) -> None:
         raise EngineError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1")
     if sampling.top_k < -1 or sampling.top_k == 0:
         raise EngineError(f"top_k is {sampling.top_k}; it must be at least 1, or -1 for off")
+
+
+def check_ids(ids: Sequence[int], vocabulary: int | None) -> list[int]:
+    """`ids` as a list of ints. Raises `EngineError` for what is no token id, an empty input, and ids outside of
+    `[0, vocabulary)`; `None` leaves the upper end unchecked."""
+    try:
+        own = array("q", ids).tolist()
+    except (TypeError, OverflowError) as error:
+        raise EngineError(f"the input is not a sequence of token ids: {error}") from error
+    if not own:
+        raise EngineError("the input is empty")
+    low, high = min(own), max(own)
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        known = "0 and above" if vocabulary is None else f"0 to {vocabulary - 1}"
+        raise EngineError(f"the input holds the token {low if low < 0 else high}; the model knows {known}")
+    return own
 
 
 @dataclass(frozen=True, slots=True)

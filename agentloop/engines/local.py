@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from agentloop.engines.base import Engine, Generation, Sampling, Weights, check_sampling
+from agentloop.engines.base import Engine, Generation, Sampling, Weights, check_ids, check_sampling
 from agentloop.engines.local_batch import Batch, Request
 from agentloop.engines.local_cache import ATTENTION, Fill, SlotCache
 from agentloop.errors import ConfigError, EngineError, nearest
@@ -146,7 +145,7 @@ class LocalEngine(Engine):
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, trajectory_id: str) -> Generation:
         self._check_open()
         check_sampling(sampling)
-        own = self._checked(ids)
+        own = check_ids(ids, self._vocabulary)
         if len(own) >= self.max_len:
             raise EngineError(f"the input has {len(own)} tokens; with max_len {self.max_len} it may have {self.max_len - 1}")
         if sampling.stop and self._tokenizer is None:
@@ -167,7 +166,7 @@ class LocalEngine(Engine):
         self._check_open()
         if temperature <= 0:
             raise EngineError(f"temperature is {temperature}; to score it must be positive")
-        own = self._checked(ids)
+        own = check_ids(ids, self._vocabulary)
         if len(own) > self.max_len:
             raise EngineError(f"the input has {len(own)} tokens; max_len is {self.max_len}")
         return await self._ask(lambda: self._batch.score(own, temperature))
@@ -323,18 +322,6 @@ class LocalEngine(Engine):
         for tag in tags:
             if tag not in ("weights", "kv_cache"):
                 raise EngineError(f"unknown tag '{tag}': {nearest(tag, ('weights', 'kv_cache'))}")
-
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        try:
-            own = array("q", ids).tolist()
-        except (TypeError, OverflowError) as error:
-            raise EngineError(f"the input is not a sequence of token ids: {error}") from error
-        if not own:
-            raise EngineError("the input is empty")
-        if min(own) < 0 or max(own) >= self._vocabulary:
-            bad = next(i for i in own if not 0 <= i < self._vocabulary)
-            raise EngineError(f"the input holds the token {bad}; the model knows 0 to {self._vocabulary - 1}")
-        return own
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What `update_weights` may name; tied tensors under each of their names."""

@@ -24,14 +24,13 @@ from __future__ import annotations
 import base64
 import math
 import uuid
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agentloop.engines.base import Generation, Sampling
+from agentloop.engines.base import Generation, Sampling, check_ids
 from agentloop.engines.base import check_sampling as check_sampling
 from agentloop.errors import ConfigError, EngineError
 from agentloop.trajectory import StopReason
@@ -58,20 +57,11 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def check_input(ids: Sequence[int], *, max_input: int | None, vocabulary: int | None) -> list[int]:
-    """`ids` as a list of ints that SGLang can take. Raises `EngineError` for what is no token id, an empty input, one with
-    more than `max_input` tokens, and ids outside of `[0, vocabulary)`; `None` skips a check."""
-    try:
-        own = array("q", ids).tolist()
-    except (TypeError, OverflowError) as error:
-        raise EngineError(f"the input is not a sequence of token ids: {error}") from error
-    if not own:
-        raise EngineError("the input is empty")
+    """`ids` as a list of ints that SGLang can take. Raises `EngineError` as `check_ids`, and for more than `max_input` tokens;
+    `None` skips a check."""
+    own = check_ids(ids, vocabulary)
     if max_input is not None and len(own) > max_input:
         raise EngineError(f"the input has {len(own)} tokens; SGLang takes at most {max_input} here")
-    low, high = min(own), max(own)
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        known = "0 and above" if vocabulary is None else f"0 to {vocabulary - 1}"
-        raise EngineError(f"the input holds the token {low if low < 0 else high}; the model knows {known}")
     return own
 
 

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,18 +174,7 @@ KINDS: dict[str, Kind] = {
 KINDS["sglang_server"] = Kind(
     lambda: sglang_server.over_local(MODEL), running=sglang_server.running, keeps_on=False, scores_at=(1.0,)
 )
-KINDS["sglang_server_real"] = Kind(
-    lambda: sglang_server.over_sglang(MODEL, SGLANG_SERVER),
-    unavailable=no_sglang,
-    running=sglang_server.running,
-    gpu=True,
-    shared=True,
-    seeds=False,
-    keeps_on=False,
-    scores_at=(1.0,),
-    tolerance=SGLANG_TOLERANCE,
-)
-KINDS["sglang"] = Kind(
+IN_PROCESS = Kind(
     sglang,
     unavailable=no_sglang,
     running=running_sglang,
@@ -195,6 +184,10 @@ KINDS["sglang"] = Kind(
     keeps_on=False,
     scores_at=(1.0,),
     tolerance=SGLANG_TOLERANCE,
+)
+KINDS["sglang"] = IN_PROCESS
+KINDS["sglang_server_real"] = replace(
+    IN_PROCESS, start=lambda: sglang_server.over_sglang(MODEL, SGLANG_SERVER), running=sglang_server.running
 )
 
 

@@ -105,3 +105,16 @@ def run_file(folder: Path) -> dict[str, Any]:
             },
         },
     }
+
+
+def run_file_with_tool(folder: Path, tool: str, chat_template: str) -> dict[str, Any]:
+    """Makes all assets in `folder`, with `tool` (the source of a class `Planted`) as the only tool; the content as above."""
+    make_data(folder / "data.parquet")
+    make_reward(folder / "reward.py")
+    (make_model(folder / "model") / "chat_template.jinja").write_text(chat_template)
+    (folder / "planted.py").write_text(tool)
+    (folder / "tools.yaml").write_text("tools:\n  - class_name: planted.Planted\n    config: {type: native}\n")
+    content = run_file(folder)
+    content["agentloop"]["tools"] = str(folder / "tools.yaml")
+    content["verl"]["data"]["max_prompt_length"] = 768
+    return content

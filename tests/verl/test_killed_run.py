@@ -21,7 +21,7 @@ from agentloop.journal import Run
 from agentloop.verl.launch import make_plan
 from agentloop.verl.process import RUN_ID, _processes, parse_metrics
 from tests.conftest import CHATML
-from tests.verl.assets import make_data, make_model, make_reward, run_file
+from tests.verl.assets import run_file_with_tool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -109,14 +109,7 @@ def started(folder: Path, name: str, *overrides: str) -> Iterator[Started]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    make_data(tmp_path / "data.parquet")
-    make_reward(tmp_path / "reward.py")
-    (make_model(tmp_path / "model") / "chat_template.jinja").write_text(CHATML)
-    (tmp_path / "planted.py").write_text(TOOL)
-    (tmp_path / "tools.yaml").write_text("tools:\n  - class_name: planted.Planted\n    config: {type: native}\n")
-    content = run_file(tmp_path)
-    content["agentloop"]["tools"] = str(tmp_path / "tools.yaml")
-    content["verl"]["data"]["max_prompt_length"] = 768
+    content = run_file_with_tool(tmp_path, TOOL, CHATML)
     content["verl"]["trainer"] |= {"save_freq": 1, "resume_mode": "auto", "total_training_steps": 16}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     return tmp_path

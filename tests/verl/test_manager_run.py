@@ -15,7 +15,7 @@ from agentloop.journal import Run
 from agentloop.verl.launch import make_plan
 from agentloop.verl.process import parse_metrics, run
 from tests.conftest import CHATML
-from tests.verl.assets import make_data, make_model, make_reward, run_file
+from tests.verl.assets import run_file_with_tool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -48,14 +48,8 @@ class Planted(BaseTool):
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    make_data(tmp_path / "data.parquet")
-    make_reward(tmp_path / "reward.py")
-    (make_model(tmp_path / "model") / "chat_template.jinja").write_text(CHATML)
-    (tmp_path / "planted.py").write_text(TOOL)
-    (tmp_path / "tools.yaml").write_text("tools:\n  - class_name: planted.Planted\n    config: {type: native}\n")
-    content = run_file(tmp_path)
-    content["agentloop"] |= {"tools": str(tmp_path / "tools.yaml"), "train_side": True}
-    content["verl"]["data"]["max_prompt_length"] = 768
+    content = run_file_with_tool(tmp_path, TOOL, CHATML)
+    content["agentloop"]["train_side"] = True
     return content
 
 
