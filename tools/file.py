@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Mapping
@@ -13,18 +14,23 @@ from agentloop.errors import ToolInfraError
 from agentloop.sandboxes.base import Session, Status
 from agentloop.sandboxes.paths import inside
 from agentloop.tools.base import InvalidArguments, ToolResult
+from agentloop.tools.threads import run_blocking
 from agentloop.tools.workspace import SandboxConfig, SandboxTool
 
+_MAX_BYTES = 2**20  # of a file that is read or edited; what is larger is for code
+_MAX_LINE = 2000  # characters of a line that are shown
+_NEAREST_LINES, _NEAREST_CHARS = 2000, 200  # among which the nearest to a text that is not there is looked for
 _CONTEXT = 3  # lines shown around an edit
 _MAX_PLACES = 5  # of a text that is not unique, in the answer
 
-# Runs in the session's interpreter, as one expression: it leaves no variable behind.
+# Runs in the session's interpreter, as one expression: it leaves no variable behind. Kept short of the output limit, which
+# would end the interpreter.
 _LIST = """\
-(lambda os, root, most: print(__import__("json").dumps((lambda found: [len(found), found[:most]])(sorted(
+(lambda os, json, root: (lambda found: print("\\n".join([str(len(found)), *map(json.dumps, found[:{most}])])[:{room}]))(sorted(
     [os.path.relpath(os.path.join(at, name), "."), -1 if name in folders else os.lstat(os.path.join(at, name)).st_size]
-    for at, folders, files in (os.walk(root) if os.path.isdir(root) else ())
+    for at, folders, files in os.walk(root)
     for name in [*folders, *files]
-)) if os.path.isdir(root) else None)))(__import__("os"), {root!r}, {most})
+)) if os.path.isdir(root) else print("no folder"))(__import__("os"), __import__("json"), {root!r})
 """
 
 
@@ -97,7 +103,7 @@ class File(SandboxTool):
         text = await _text(session, path)
         count = text.count(old)
         if count == 0:
-            raise _Refused(f"'old' does not occur in {path}{_nearest_line(text, old)}")
+            raise _Refused(f"'old' does not occur in {path}{await run_blocking(_nearest_line, text, old)}")
         at = text.index(old)
         if count > 1:
             places: list[str] = []
@@ -116,21 +122,22 @@ class File(SandboxTool):
 
     async def _list(self, session: Session, path: str, parameters: Mapping[str, Any]) -> str:
         root = path or "."
-        result = await session.run(_LIST.format(root=root, most=self.settings.max_lines))
+        room = max(0, self.limits.output_bytes - 1)
+        result = await session.run(_LIST.format(root=root, most=self.settings.max_lines, room=room))
         if result.status is Status.INFRA:
             raise ToolInfraError(result.error or "the sandbox failed")
         if not result.ok:
             raise _Refused(f"the folder cannot be listed: {result.error or result.status.value}")
-        try:
-            found = json.loads(result.stdout)
-        except ValueError:
-            raise _Refused("the folder cannot be listed: the session's interpreter answers something else") from None
-        if found is None:
+        count, *entries = result.stdout.split("\n")
+        if count == "no folder":
             raise NotADirectoryError
-        count, entries = found
-        lines = [f"{name}/" if size < 0 else f"{name} ({size} bytes)" for name, size in entries]
-        if count > len(lines):
-            lines.append(f"[… {count - len(lines)} more; list a folder below]")
+        lines = []
+        for entry in entries:
+            with contextlib.suppress(ValueError, TypeError):  # the last may be cut, and what the code made of `print` unknown
+                name, size = json.loads(entry)
+                lines.append(f"{name}/" if size < 0 else f"{name} ({size} bytes)")
+        if count.isdecimal() and int(count) > len(lines):
+            lines.append(f"[… {int(count) - len(lines)} more; list a folder below]")
         return "\n".join(lines) or "The folder is empty."
 
 
@@ -139,7 +146,10 @@ class _Refused(Exception):
 
 
 async def _text(session: Session, path: str) -> str:
-    data = await session.get(path)
+    try:
+        data = await session.get(path, max_bytes=_MAX_BYTES)
+    except ValueError:  # the path has been looked at already
+        raise _Refused(f"{path} has more than {_MAX_BYTES} bytes; work on it with code") from None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -153,17 +163,21 @@ def _lines(text: str) -> list[str]:
 
 
 def _numbered(lines: list[str], first: int, last: int) -> str:
-    return "\n".join(f"{number:6}\t{lines[number - 1]}" for number in range(first, last + 1))
+    return "\n".join(f"{number:6}\t{_shortened(lines[number - 1])}" for number in range(first, last + 1))
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}[… {len(line) - _MAX_LINE} more characters]"
 
 
 def _nearest_line(text: str, old: str) -> str:
-    wanted = next((line.strip() for line in old.splitlines() if line.strip()), "")
-    lines = _lines(text)
-    close = difflib.get_close_matches(wanted, [line.strip() for line in lines[:2000]], n=1, cutoff=0.6)
+    wanted = next((line.strip() for line in old.splitlines() if line.strip()), "")[:_NEAREST_CHARS]
+    lines = [line for line in enumerate(_lines(text)[:_NEAREST_LINES], start=1) if len(line[1]) <= _NEAREST_CHARS]
+    close = difflib.get_close_matches(wanted, {line.strip() for _, line in lines}, n=1, cutoff=0.6)
     if not close:
         return ""
-    number = next(number for number, line in enumerate(lines, start=1) if line.strip() == close[0])
-    return f"; the nearest is line {number}: {lines[number - 1]!r:.200}"
+    number, line = next((number, line) for number, line in lines if line.strip() == close[0])
+    return f"; the nearest is line {number}: {line!r}"
 
 
 def _why(error: Exception, path: str) -> str:

@@ -66,3 +66,6 @@ class ToolSessions(ABC):
     def session(self, sample: Sample, trajectory_id: str) -> ToolSession:
         """The session of one trajectory, not opened yet. `sample.tools` and `sample.tools_kwargs` select and configure;
         an unknown name raises `ConfigError`."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Let go of what the tools hold for the whole process, once no session is open."""

@@ -194,6 +194,17 @@ async def test_editing_needs_one_place(registry: ToolRegistry) -> None:
         assert (await python(session, "exec(open('a.py').read()); f(), g()")).text == "(1, 2)"
 
 
+async def test_a_long_list_is_cut_and_costs_no_variables(registry: ToolRegistry) -> None:
+    async with opened(registry) as session:
+        await python(session, "kept = 1")
+        await shell(session, "mkdir many; cd many; touch $(seq 1 300)")
+        assert (await file(session, "list", "many")).text.endswith("[… 280 more; list a folder below]")
+        await shell(session, "for n in $(seq 1 15); do mkdir -p deep/$n; touch deep/$n/$(printf 'ä%.0s' $(seq 100)); done")
+        listed = await file(session, "list", "deep")
+        assert listed.status is CallStatus.OK and listed.text.endswith(" more; list a folder below]")
+        assert (await python(session, "kept")).text == "1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
@@ -205,6 +216,9 @@ async def test_editing_needs_one_place(registry: ToolRegistry) -> None:
         ({"action": "list", "path": "nowhere"}, "error", "nowhere is not a folder"),
         ({"action": "read", "path": "binary"}, "error", "binary is no text file (3 bytes"),
         ({"action": "read", "path": "text", "start": 9}, "error", "text has 1 lines; line 9 is beyond its end"),
+        ({"action": "read", "path": "large"}, "error", "large has more than 1048576 bytes; work on it with code"),
+        ({"action": "read", "path": "wide"}, "ok", "[… 98000 more characters]"),
+        ({"action": "edit", "path": "wide", "old": "y" * 9000, "new": ""}, "error", "'old' does not occur in wide"),
         ({"action": "write", "path": "text/below", "content": "x"}, "error", "Error: "),
         ({"action": "write", "path": "huge", "content": "x" * 80 * 2**20}, "error", "Error: huge: "),
         ({"action": "write", "path": "x"}, "invalid_arguments", "'write' needs the argument 'content'"),
@@ -217,6 +231,7 @@ async def test_what_cannot_be_done_with_a_file(
 ) -> None:
     async with opened(registry) as session:
         await shell(session, "mkdir folder; printf '\\377\\376x' > binary; echo t > text; ln -s /etc/passwd outside")
+        await python(session, "open('large', 'w').write('x' * 2**21), open('wide', 'w').write('x' * 100_000)")
         record = await call(session, "file", arguments)
         assert (record.status, says in record.text, "root:" in record.text) == (status, True, False), record.text
         assert (await shell(session, "cat text")).text == "t", "the session goes on"
