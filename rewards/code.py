@@ -31,10 +31,11 @@ from pydantic import Field
 
 from agentloop.config import Strict, validate
 from agentloop.errors import ConfigError
+from agentloop.rewards.answer import cut_off, submitted
 from agentloop.rewards.code_tests import CodeTest, read_tests, same_output, same_value
 from agentloop.rewards.spec import plain
 from agentloop.sandboxes import Limits, Result, Sandbox, SandboxError, Status, load_sandbox
-from agentloop.trajectory import CallStatus, Reward, Sample, Trajectory
+from agentloop.trajectory import Reward, Sample, Trajectory
 
 _FENCE = re.compile(r"^[ ]{0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
 _FRAME = re.compile(r" ([a-z_]+) ([^\n]*)\n")
@@ -79,8 +80,9 @@ class CodeSettings(Strict):
 class CodeReward:
     """Value 1 if the code in the last turn (or in a `submit` call) passes the row's tests, see `read_tests`.
 
-    Components `passed` (the fraction) and `all_passed`; info `verdict` (`passed`, `no_code`, `wrong_answer`, `timeout`, …) and
-    `detail` of the first test that failed. With `score: all` nothing runs after the first failure.
+    A trajectory that was cut off has no answer (`truncated`) unless it submitted one. Components `passed` (the fraction) and
+    `all_passed`; info `verdict` (`passed`, `no_code`, `wrong_answer`, `timeout`, …) and `detail` of the first test that
+    failed. With `score: all` nothing runs after the first failure.
     """
 
     def __init__(self, *, sandbox: str | Mapping[str, Any] | Sandbox = "process", **settings: Any) -> None:
@@ -123,6 +125,8 @@ class CodeReward:
 
     def _source(self, trajectory: Trajectory, text: str) -> tuple[str | None, str]:
         answer = submitted(trajectory, self.settings.submit_tool)
+        if answer is None and cut_off(trajectory):
+            return None, "truncated"
         source = last_block(text if answer is None else answer, self.settings.languages)
         if source is None and answer is not None and not _FENCE.search(answer):
             source = answer
@@ -210,19 +214,6 @@ def last_block(text: str, languages: tuple[str, ...]) -> str | None:
                 found = text[opening.end() + 1 : fence.start()]
             opening = None
     return None if opening is not None and opening[2].lower() in languages else found
-
-
-def submitted(trajectory: Trajectory, tool: str) -> str | None:
-    """The answer of the last successful call of `tool`: its argument `answer` or `code`, else its only one; `None` if it was
-    never called, or not with text."""
-    for record in reversed(list(trajectory.calls)):
-        arguments = record.call.arguments
-        if record.call.name != tool or record.status is not CallStatus.OK or not isinstance(arguments, Mapping):
-            continue
-        only = next(iter(arguments.values())) if len(arguments) == 1 else None
-        answer = arguments.get("answer", arguments.get("code", only))
-        return answer if isinstance(answer, str) else None
-    return None
 
 
 @functools.cache

@@ -17,6 +17,7 @@ def _grade(text: str) -> None:
     # Everything is imported and bound before the candidate's first line, so that ordinary patching of modules changes nothing.
     import _thread
     import atexit
+    import builtins
     import json
     import os
     import sys
@@ -96,6 +97,8 @@ def _grade(text: str) -> None:
     module = types.ModuleType("__main__" if program else "solution")
     sys.modules[module.__name__] = module
     names = module.__dict__
+    if not hasattr(builtins, "exit"):  # an interpreter without `site`; programs use it all the same
+        names["exit"] = names["quit"] = sys.exit
     kind, body = "end", "null"
     try:
         exec(compile(task["source"], "<solution>", "exec"), names)

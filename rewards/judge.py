@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from agentloop.config import validate
+from agentloop.rewards.answer import cut_off, submitted
 from agentloop.rewards.boxed import last_boxed
-from agentloop.rewards.code import submitted
 from agentloop.rewards.judge_client import EndpointSettings, JudgeClient
 from agentloop.rewards.judge_rules import without_content, without_praise
 from agentloop.rewards.spec import RewardSpec, bind_tokenizer, close_all, named, plain, reads_trajectory
@@ -60,10 +60,11 @@ class JudgeSettings(EndpointSettings):
 class JudgeReward:
     """1 if `rules` or the judge accept the answer, else 0.
 
-    In this order: `rules` accept it (1); there is no answer, or it says nothing (0, see `without_content`); the judge replies.
-    A judge that cannot be asked raises `JudgeError`: the trajectory is masked, never 0. Components: `accepted`, `asked` (1 if
-    the judge was asked or its cache), and those of `rules`; info `verdict`: `rules`, `no_answer`, `empty`, `opening`,
-    `command`, `yes`, `question`, `correct`, `incorrect`, or `unreadable` for a reply that is neither.
+    In this order: `rules` accept it (1); there is no answer, or the trajectory was cut off before one, or it says nothing (0,
+    see `without_content`); the judge replies. A judge that cannot be asked raises `JudgeError`: the trajectory is masked,
+    never 0. Components: `accepted`, `asked` (1 if the judge was asked or its cache), and those of `rules`; info `verdict`:
+    `rules`, `no_answer`, `truncated`, `empty`, `opening`, `command`, `yes`, `question`, `correct`, `incorrect`, or
+    `unreadable` for a reply that is neither.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -88,6 +89,8 @@ class JudgeReward:
         truth = sample.ground_truth
         reference = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False, default=str)
         question = _question(sample)
+        if self.settings.answer != "submit" and cut_off(trajectory):
+            return _reward("truncated", False, False, components, info)
         answer = self._answer(trajectory, text)
         if answer is None:
             return _reward("no_answer", False, False, components, info)

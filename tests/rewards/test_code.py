@@ -12,8 +12,8 @@ from agentloop.errors import ConfigError
 from agentloop.rewards import load_reward
 from agentloop.rewards.code import CodeReward, last_block
 from agentloop.rewards.code_tests import read_tests, same_output, same_value
-from agentloop.sandboxes import SandboxError
-from agentloop.trajectory import CallRecord, CallStatus, Reward, Sample, StopReason, ToolCall, Trajectory, Turn
+from agentloop.sandboxes import SandboxError, load_sandbox
+from agentloop.trajectory import CallRecord, CallStatus, EndReason, Reward, Sample, StopReason, ToolCall, Trajectory, Turn
 from tests.rewards.plain_sandbox import DownSandbox, PlainSandbox
 
 ADD = {"fn": "add", "tests": [{"args": [1, 2], "expected": 3}, {"args": [-1], "kwargs": {"b": 1}, "expected": 0}]}
@@ -36,36 +36,51 @@ async def verdict(code: str, truth: Any, **settings: Any) -> str:
     return str(reward.info["verdict"])
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "def add(a, b):\n    return a + b",
-        "add = lambda a, b: a + b",
-        "class Solution:\n    def add(self, a, b):\n        print('working')\n        return a + b",
-        "import functools\n@functools.cache\ndef add(a, b):\n    return a + b\nif __name__ == '__main__':\n    add()",
-        "import dataclasses\n@dataclasses.dataclass\nclass N:\n    x: int\ndef add(a, b):\n    return N(a).x + N(b).x",
-        "from concurrent.futures import ThreadPoolExecutor\ndef add(a, b):\n"
-        "    with ThreadPoolExecutor(2) as pool:\n        return sum(pool.map(int, (a, b)))",
-    ],
-)
+RIGHT_FUNCTIONS = [
+    "def add(a, b):\n    return a + b",
+    "add = lambda a, b: a + b",
+    "class Solution:\n    def add(self, a, b):\n        print('working')\n        return a + b",
+    "import functools\n@functools.cache\ndef add(a, b):\n    return a + b\nif __name__ == '__main__':\n    add()",
+    "import dataclasses\n@dataclasses.dataclass\nclass N:\n    x: int\ndef add(a, b):\n    return N(a).x + N(b).x",
+    "from concurrent.futures import ThreadPoolExecutor\ndef add(a, b):\n"
+    "    with ThreadPoolExecutor(2) as pool:\n        return sum(pool.map(int, (a, b)))",
+]
+
+RIGHT_PROGRAMS = [
+    "a, b = map(int, input().split())\nprint(a + b)",
+    "import sys\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\n"
+    "if __name__ == '__main__':\n    main()\n    sys.exit(0)",
+    "import os\nprint(sum(map(int, os.read(0, 99).split())), end='')\nexit()",
+    "import threading\ndef main():\n    print(sum(map(int, input().split())))\nthreading.Thread(target=main).start()",
+    "import sys, atexit, io\nout = io.StringIO()\nsys.stdout, real = out, sys.stdout\n"
+    "atexit.register(lambda: (real.write(out.getvalue()), real.flush()))\nprint(sum(map(int, input().split())))",
+]
+
+
+@pytest.mark.parametrize("code", RIGHT_FUNCTIONS)
 async def test_a_right_function_passes(code: str) -> None:
     assert await verdict(code, ADD) == "passed"
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "a, b = map(int, input().split())\nprint(a + b)",
-        "import sys\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\n"
-        "if __name__ == '__main__':\n    main()\n    sys.exit(0)",
-        "import os\nprint(sum(map(int, os.read(0, 99).split())), end='')\nexit()",
-        "import threading\ndef main():\n    print(sum(map(int, input().split())))\nthreading.Thread(target=main).start()",
-        "import sys, atexit, io\nout = io.StringIO()\nsys.stdout, real = out, sys.stdout\n"
-        "atexit.register(lambda: (real.write(out.getvalue()), real.flush()))\nprint(sum(map(int, input().split())))",
-    ],
-)
+@pytest.mark.parametrize("code", RIGHT_PROGRAMS)
 async def test_a_right_program_passes(code: str) -> None:
     assert await verdict(code, ECHO) == "passed"
+
+
+async def test_what_is_right_passes_in_the_process_sandbox() -> None:
+    sandbox = load_sandbox("process")
+    try:
+        await sandbox.start()
+    except SandboxError as error:
+        pytest.skip(f"no process sandbox here: {error}")
+    async with sandbox:
+        reward = CodeReward(sandbox=sandbox)
+        for truth, codes in ((ADD, RIGHT_FUNCTIONS), (ECHO, RIGHT_PROGRAMS)):
+            sample = Sample([], ground_truth=truth)
+            for code in codes:
+                assert (await reward(Trajectory(sample), sample, fenced(code))).info == {"verdict": "passed", "detail": ""}, (
+                    code
+                )
 
 
 @pytest.mark.parametrize(
@@ -220,6 +235,16 @@ async def test_a_submitted_answer_comes_first() -> None:
     assert await value(({"answer": fenced(right)}, CallStatus.OK)) == 1.0
     assert await value(({"answer": wrong}, CallStatus.OK), ({"code": right}, CallStatus.OK)) == 1.0
     assert await value(({"answer": right}, CallStatus.ERROR)) == 0.0
+    trajectory.end_reason = EndReason.TOKEN_LIMIT
+    assert await value(({"answer": right}, CallStatus.OK)) == 1.0
+
+
+async def test_a_cut_off_trajectory_has_no_answer() -> None:
+    sample = Sample([], ground_truth=ADD)
+    trajectory = Trajectory(sample)
+    trajectory.end_reason = EndReason.TOKEN_LIMIT
+    reward = await CodeReward(sandbox=PlainSandbox())(trajectory, sample, fenced("def add(a, b): return a + b"))
+    assert (reward.value, reward.info["verdict"]) == (0.0, "truncated")
 
 
 def test_settings_are_checked() -> None:

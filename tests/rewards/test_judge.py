@@ -19,7 +19,7 @@ from agentloop.rewards import load_reward
 from agentloop.rewards.judge import read_verdict
 from agentloop.rewards.judge_client import JudgeError
 from agentloop.rewards.judge_rules import without_content, without_praise
-from agentloop.trajectory import Reward, Sample
+from agentloop.trajectory import EndReason, Reward, Sample
 from tests.rewards.ledgers import call, conversation
 
 SAMPLE = Sample([{"role": "system", "content": "s"}, {"role": "user", "content": "Who wrote Faust?"}], ground_truth="Goethe")
@@ -305,6 +305,14 @@ async def test_limits_hold(server: JudgeServer) -> None:
     with pytest.raises(JudgeError, match="did not answer within"):
         await judged(*texts, **server.settings(rate_limit="2/1h", deadline_s=0.3))
     assert len(server.requests) == 12 + 2
+
+
+async def test_a_cut_off_trajectory_has_no_answer(server: JudgeServer) -> None:
+    trajectory = conversation([], sample=SAMPLE)
+    trajectory.end_reason = EndReason.TOKEN_LIMIT
+    reward: Any = load_reward("agentloop.rewards.judge:JudgeReward", server.settings())
+    assert (await reward(trajectory, SAMPLE, "Goethe, I think")).info == {"verdict": "truncated"}
+    assert not server.requests
 
 
 async def test_a_row_without_ground_truth_raises(server: JudgeServer) -> None:
