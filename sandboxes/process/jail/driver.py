@@ -28,6 +28,18 @@ from . import wire
 REPORT = struct.Struct("!BBiQI")
 """outcome, whether there is a value, exit code, length of the value, bytes of it that follow."""
 OK, RAISED, MEMORY, LEFT = range(4)
+OURS = ("jail", *(f"jail.{name}" for name in ("wire", "kernel", "files", "group", "driver", "launcher", "zygote")))
+WARM_UP = (
+    ("", "import math\nx = 6\nprint(x, [1], {'a': 2.5})\nx * 7"),
+    ("", "def f():\n    return 1 / 0\nf()"),
+    ("", "def"),
+    ("numpy", "import numpy\nprint(numpy.arange(6.0).reshape(2, 3) @ numpy.ones((3, 2)))"),
+    (
+        "sympy",
+        "from sympy import *\nx = symbols('x')\nprint(solve(x**2 - 2, x), integrate(x * exp(x), x), simplify(sin(x)**2 - 1))",
+    ),
+)
+"""By module, what to run once in the zygote if it is preloaded."""
 MAX_VALUE = 16 * 2**20
 CHANNEL_FD = 900
 """Where the private descriptor is: above what code that closes «all» descriptors usually reaches."""
@@ -169,6 +181,25 @@ class Interpreter:
                 os.write(2, f"{type(error).__name__}\n".encode())
 
 
+def warm_up() -> None:
+    """Run a little once, in the zygote: what Python makes at first use is then shared by all that are forked."""
+    kept = [os.dup(fd) for fd in (0, 1, 2)]
+    streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__, sys.modules["__main__"])
+    for fd in (0, 1, 2):
+        set_stdin(b"x") if fd == 0 else os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    interpreter = Interpreter()
+    for module, code in WARM_UP:
+        if not module or module in sys.modules:
+            interpreter.run(code, 100)
+    interpreter.flush()
+    for at, fd in enumerate(kept):
+        os.dup2(fd, at)
+        os.close(fd)
+    sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams[:6]  # type: ignore[misc]
+    sys.modules["__main__"] = streams[6]
+    linecache.cache.clear()
+
+
 def serve(channel: int) -> None:
     """Run jobs from `channel` until it ends. Never returns."""
     interpreter: Interpreter | None = None
@@ -187,8 +218,8 @@ def serve(channel: int) -> None:
 def prepare(head: dict[str, Any]) -> None:
     """Before the first job: limits, and what the preloading process and its siblings would otherwise share."""
     set_limits(head["limits"], whole=bool(head["once"]))
-    for name in [name for name in sys.modules if name == "jail" or name.startswith("jail.")]:
-        del sys.modules[name]
+    for name in OURS:
+        sys.modules.pop(name, None)
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()

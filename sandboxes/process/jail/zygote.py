@@ -20,7 +20,7 @@ import sys
 import traceback
 from typing import Any
 
-from . import kernel, launcher
+from . import driver, kernel, launcher
 from .group import Group
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
@@ -80,7 +80,7 @@ def _bind_read_only(new: str, path: str, bound: list[str]) -> None:
 def preload(modules: list[str]) -> None:
     for name in modules:
         importlib.import_module(name)
-    importlib.import_module("linecache")
+    driver.warm_up()
     gc.collect()
     gc.freeze()  # what is shared stays shared: no collection writes to it
     gc.disable()
