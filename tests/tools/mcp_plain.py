@@ -1,6 +1,6 @@
 """An MCP server over stdio that needs no library and so starts at once, and that misbehaves when asked to.
 
-python mcp_plain.py [key=value ...]     listing=wide|deep|remote|loop|badname|huge|none, start=hang|die|noise
+python mcp_plain.py [listing=wide|deep|remote|loop|badname|huge|none] [start=hang|die|noise|slow-again] [pid=FILE]
 """
 
 import json
@@ -104,6 +104,14 @@ def call(identity, name, arguments):
 
 
 print("starting", file=sys.stderr, flush=True)
+if "pid" in options:
+    again = os.path.exists(options["pid"] + ".first")
+    open(options["pid"] + ".first", "w").close()
+    with open(options["pid"] + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(options["pid"] + ".new", options["pid"])
+    if again and options.get("start") == "slow-again":
+        time.sleep(3600)
 if options.get("start") == "hang":
     time.sleep(3600)
 if options.get("start") == "die":

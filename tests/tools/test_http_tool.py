@@ -121,10 +121,11 @@ def test_an_operation_becomes_a_schema() -> None:
         "required": ["item_id"],
     }
     put = HttpTool(config("putItem")).tool_schema.to_dict()["function"]["parameters"]
-    assert list(put["properties"]) == ["item_id", "id_query", "id_header", "name", "parent", "valid_from"]
+    assert list(put["properties"]) == ["item_id", "id_query", "id_header", "name", "parent", "valid_from", "code"]
     assert put["required"] == ["item_id", "name"]
     assert put["properties"]["name"] == {"type": "string"}
     assert put["properties"]["parent"] == {}  # open where it refers to itself
+    assert put["properties"]["code"] == {"type": "string", "description": r"matches ^(\w+)+$"}  # and is not matched
     assert put["properties"]["valid_from"]["default"] == "2024-05-01"
 
 

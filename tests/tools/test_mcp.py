@@ -54,6 +54,11 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.01)
+
+
 # -- a server of the SDK, and one from PyPI -----------------------------------------------------------------------------
 
 
@@ -126,10 +131,11 @@ def http_server() -> Iterator[HttpServer]:
     server.kill()
 
 
-@pytest.mark.parametrize("scope", ["trajectory", "process"])
-async def test_a_server_of_the_sdk_over_http(http_server: HttpServer, scope: str) -> None:
-    config = {"url": http_server.url, "scope": scope, "max_message_bytes": 100_000, "exclude": ["die"], "call_timeout_s": 20}
-    registry = ToolRegistry.from_tools([McpServer(config)])
+async def test_a_server_of_the_sdk_over_http(http_server: HttpServer) -> None:
+    config = {"url": http_server.url, "max_message_bytes": 100_000, "exclude": ["die"]}
+    async with trajectory(ToolRegistry.from_tools([McpServer(config)])) as session:
+        assert (await call(session, "large", size=3)).text == "xxx"
+    registry = ToolRegistry.from_tools([McpServer({**config, "scope": "process"})])
     try:
         async with trajectory(registry) as session:
             assert json.loads((await call(session, "take", what="apple")).text) == {"left": 2}
@@ -204,6 +210,18 @@ def test_servers_end_with_the_interpreter() -> None:
     assert not any(alive(int(pid)) for pid in printed.stdout.split())
 
 
+async def test_a_start_that_is_given_up_leaves_no_server(tmp_path: Path) -> None:
+    registry = ToolRegistry.from_tools([McpServer(plain(f"pid={tmp_path / 'pid'}", "start=slow-again"))])
+    assert not alive(int((tmp_path / "pid").read_text()))
+    (tmp_path / "pid").unlink()
+    async with trajectory(registry) as session:
+        late = asyncio.create_task(call(session, "count"))
+        await asyncio.to_thread(wait_for, tmp_path / "pid")
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
 async def test_nothing_is_left_after_many_trajectories() -> None:
     registry = ToolRegistry.from_tools([McpServer(plain())])
 
@@ -221,7 +239,7 @@ async def test_nothing_is_left_after_many_trajectories() -> None:
 
 def children() -> str:
     """The commands of our children."""
-    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    pids = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
     return " ".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists())
 
 
@@ -298,7 +316,7 @@ async def test_the_servers_environment_is_what_the_configuration_names(monkeypat
     async with trajectory(ToolRegistry.from_tools([McpServer(config)])) as session:
         environment = json.loads((await call(session, "env")).text)
     environment.pop("LC_CTYPE", None)  # Python sets it for itself
-    assert environment == {"A": "b", "TOKEN": "their_secret", "HANDED_ON": "handed_on"}
+    assert environment == {"A": "b", "TOKEN": "[secret]", "HANDED_ON": "handed_on"}
 
 
 async def test_imported_schemas_hold_no_regular_expressions() -> None:

@@ -38,6 +38,8 @@ def build_request(
     whole: Any = None
     for parameter in operation.parameters:
         if parameter.argument not in arguments:
+            if parameter.place == "path":
+                raise InvalidArguments(f"argument '{parameter.argument}' is missing")
             continue
         value = arguments[parameter.argument]
         if parameter.place == "path":

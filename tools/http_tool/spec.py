@@ -43,6 +43,7 @@ _STYLES = {
 }
 _SAYS_NOTHING = {"title", "example", "xml", "externalDocs", "discriminator", "deprecated", "readOnly", "writeOnly", "nullable"}
 _MAX_DEPTH = 40
+_MAX_PATTERN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,11 @@ class _Document:
             return self._schema(merged, where, (*inside, reference), depth + 1)
         out: dict[str, Any] = {}
         for key, value in node.items():
-            if key in _SAYS_NOTHING or str(key).startswith("x-") or (key == "pattern" and not _compiles(value)):
+            if key in _SAYS_NOTHING or str(key).startswith("x-"):
+                continue
+            if key in ("pattern", "patternProperties"):  # for the model to read; matching what it wrote could take for ever
+                if key == "pattern" and "description" not in node and len(str(value)) <= _MAX_PATTERN:
+                    out["description"] = f"matches {value}"
                 continue
             if key == "properties" and isinstance(value, dict):
                 inner = {name: self._schema(body, where, inside, depth + 1) for name, body in value.items()}
@@ -287,14 +292,6 @@ def _modernise(schema: dict[str, Any], *, nullable: bool) -> None:
 def _object(schema: Any) -> dict[str, Any]:
     """A schema that is no mapping (`true`) says nothing."""
     return schema if isinstance(schema, dict) else {}
-
-
-def _compiles(pattern: Any) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError, RecursionError):
-        return False
-    return True
 
 
 def _plain(node: Any) -> Any:

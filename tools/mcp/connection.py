@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,9 @@ MAX_TOOLS = 128
 PROBE_S = 5.0
 """How long a server that let a call time out may take to answer something simple."""
 _STOP_S = 6.0
+
+_starting = asyncio.Semaphore(max(4, os.cpu_count() or 1))
+"""Servers that start at the same time: a batch of trajectories would start one each, and none would be ready in time."""
 
 _LOST = (anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, httpx2.HTTPError, OSError, RuntimeError)
 
@@ -60,25 +64,29 @@ class Connection:
             if self._live is not None and not self._live.over.is_set():
                 assert self._live.client is not None
                 return self._live, self._live.client
-            live = _Live()
-            ready: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
-            live.task = asyncio.create_task(self._own(live, ready))
-            try:
-                async with asyncio.timeout(self._server.start_timeout_s):
-                    live.client = await asyncio.shield(ready)
-            except BaseException as error:
-                live.task.cancel()
-                await asyncio.wait({live.task}, timeout=_STOP_S)
-                if ready.done() and not ready.cancelled():
-                    ready.exception()
-                if isinstance(error, TimeoutError):
-                    raise ToolInfraError(f"it did not start within {self._server.start_timeout_s:g} s{self._said()}") from error
-                if isinstance(error, Exception):
-                    raise ToolInfraError(f"it did not start: {_why(error)}{self._said()}") from error
-                raise
-            self._live = live
-            background.close_at_exit(self)
-            return live, live.client
+            async with _starting:
+                return await self._start()
+
+    async def _start(self) -> tuple[_Live, Client]:
+        live = _Live()
+        ready: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
+        live.task = asyncio.create_task(self._own(live, ready))
+        try:
+            async with asyncio.timeout(self._server.start_timeout_s):
+                live.client = await asyncio.shield(ready)
+        except BaseException as error:
+            live.task.cancel()
+            await asyncio.wait({live.task}, timeout=_STOP_S)
+            if ready.done() and not ready.cancelled():
+                ready.exception()
+            if isinstance(error, TimeoutError):
+                raise self._failure(f"it did not start within {self._server.start_timeout_s:g} s") from error
+            if isinstance(error, Exception):
+                raise self._failure(f"it did not start: {_why(error)}") from error
+            raise
+        self._live = live
+        background.close_at_exit(self)
+        return live, live.client
 
     async def _own(self, live: _Live, ready: asyncio.Future[Client]) -> None:
         try:
@@ -120,11 +128,19 @@ class Connection:
         background.closed(self)
         for probe in self._probes:
             probe.cancel()
-        live, self._live = self._live, None
+        async with self._opening:  # a start that is being given up takes its server with it first
+            live, self._live = self._live, None
         if live is not None and live.task is not None:
             live.over.set()
             await asyncio.wait({live.task}, timeout=_STOP_S)
             live.task.cancel()
+
+    def _failure(self, problem: str) -> ToolInfraError:
+        """What the server said goes into a note: logs show it, and a model does not."""
+        error = ToolInfraError(problem)
+        if tail := self._log.tail():
+            error.add_note(f"its last words:\n{tail}")
+        return error
 
     def _said(self) -> str:
         tail = self._log.tail()
@@ -146,7 +162,7 @@ class Connection:
                     if cursor is None or len(found) > MAX_TOOLS:
                         return found
         except (TimeoutError, MCPError, ValidationError, *_LOST) as error:
-            raise ToolInfraError(f"it did not list its tools: {_why(error)}{self._said()}") from error
+            raise self._failure(f"it did not list its tools: {_why(error)}") from error
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> mcp_types.CallToolResult:
         """Raises `ToolError` with what the server has against the call, `TimeoutError`, and `ToolInfraError` if the server is

@@ -15,6 +15,7 @@ from agentloop.tools.mcp.config import HttpServer, ServerConfig, read_config
 from agentloop.tools.mcp.connection import MAX_TOOLS, Connection
 from agentloop.tools.mcp.schema import import_schema
 from agentloop.tools.names import NAME
+from agentloop.tools.secrets import redact, resolve
 from agentloop.tools.session import current_session
 
 
@@ -39,9 +40,9 @@ class McpServer(ToolSet):
         try:
             return submit(listed()).result()
         except ToolInfraError as error:
-            first, *said = str(error).splitlines()
-            last = f" {said[-1].strip()}" if said else ""
-            raise ConfigError(f"the MCP server {_label(self._config)} cannot be used: {first}{last}") from error
+            said = "\n".join(getattr(error, "__notes__", [])).splitlines()[-1:]
+            last = f"; its last words: {said[0].strip()}" if said else ""
+            raise ConfigError(f"the MCP server {_label(self._config)} cannot be used: {error}{last}") from error
 
 
 class McpTool(BaseTool):
@@ -62,7 +63,7 @@ class McpTool(BaseTool):
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> ToolResult:
         connection = self._sessions.of(self.instances[instance_id])
         result = await away(connection.call(self._remote_name, parameters))
-        text = _shorten(_as_text(result), self._sessions.config.max_output_chars)
+        text = _shorten(redact(_as_text(result), self._sessions.hidden), self._sessions.config.max_output_chars)
         if result.is_error:
             return ToolResult(text or "Error: the tool failed and did not say why.", error=True)
         return ToolResult(text)
@@ -80,6 +81,9 @@ class _Sessions:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
+        settings = config.headers if isinstance(config, HttpServer) else config.env
+        self.hidden = resolve(settings, "config")[1]
+        """Secrets that the server knows from us, and that the model is not to read."""
         self.shared = Connection(config, _label(config))
         self._own: dict[str, tuple[Connection, int]] = {}
         """By trajectory: its connection, and how many tools it is created for."""

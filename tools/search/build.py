@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -34,6 +35,8 @@ class Build:
     """
 
     def __init__(self, corpus: Path, columns: Columns, cache: Path) -> None:
+        if importlib.util.find_spec("bm25s") is None:
+            raise ConfigError("config.corpus: searching files needs bm25s: pip install bm25s")
         check_columns(corpus_files(corpus), columns)
         self._corpus = corpus
         self._lock = threading.Lock()
