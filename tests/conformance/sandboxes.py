@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import json
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,8 +33,6 @@ class Kind:
     """So many sessions may be open at once."""
     stops_all: bool = True
     """Stops every attack. Off: may let through those whose layer its probe says is missing."""
-    shares_places: bool = False
-    """Processes of a node share its places: the other sandboxes of this machine may hold some."""
 
 
 @asynccontextmanager
@@ -61,10 +64,39 @@ def no_docker() -> str | None:
     return None
 
 
+MOST = Limits(timeout_s=600.0, memory_mb=2048, disk_mb=1024, files=65536, output_bytes=16 * 2**20, processes=64)
+"""What the service gives at most; without being asked, clients get the usual limits."""
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[Sandbox]:
+    """The `process` kind behind `agentloop sandbox serve`, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "sandbox.yaml")
+        config.write_text(json.dumps({"kind": "process", "scope": "process", "limits": MOST.model_dump()}))  # noqa: ASYNC240 - a few bytes
+        service = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "agentloop.cli", "sandbox", "serve", "--config", str(config), "--port", "0"),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            assert service.stdout is not None
+            line = (await asyncio.wait_for(service.stdout.readline(), 60)).decode()
+            assert "http://" in line, f"the service did not start: {line}"
+            async with by_config({"kind": "remote", "endpoints": [line.split()[-1]]}) as sandbox:
+                yield sandbox
+        finally:
+            service.terminate()
+            await asyncio.wait_for(service.wait(), 60)
+
+
 KINDS: dict[str, Kind] = {
     "process": Kind(lambda: by_config({"kind": "process", "scope": "process"}), unavailable=not_root),
-    "bubblewrap": Kind(lambda: by_config({"kind": "bubblewrap"}), unavailable=no_bubblewrap, stops_all=False),
+    "bubblewrap": Kind(
+        lambda: by_config({"kind": "bubblewrap", "scope": "process"}), unavailable=no_bubblewrap, stops_all=False
+    ),
     "docker": Kind(lambda: by_config({"kind": "docker", "scope": "process"}), unavailable=no_docker),
+    "remote": Kind(served, unavailable=not_root),
 }
 
 

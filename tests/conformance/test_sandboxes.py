@@ -201,14 +201,15 @@ async def test_a_blown_stack_is_an_error(run: Any) -> None:
 
 
 async def test_deeply_nested_source_is_an_error(run: Any) -> None:
-    assert (await run("(" * 100_000 + ")" * 100_000)).status in (Status.ERROR, Status.OOM)
-    assert (await run("x = " + "-" * 200_000 + "1")).status in (Status.ERROR, Status.OOM)
+    failed = (Status.ERROR, Status.OOM, Status.OUTPUT_LIMIT)  # the last: the message shows the whole line
+    assert (await run("(" * 100_000 + ")" * 100_000)).status in failed
+    assert (await run("x = " + "-" * 200_000 + "1")).status in failed
 
 
 async def test_a_megabyte_of_code(run: Any) -> None:
-    code = "".join(f"x{number} = {number}\n" for number in range(60_000)) + "x59999"
+    code = "".join(f"x{number} = {number}\n" for number in range(80_000)) + "x79999"
     assert len(code) > 1 << 20
-    assert sure(await run(code)).value == "59999"
+    assert sure(await run(code)).value == "79999"
 
 
 async def test_warnings_are_shown_and_do_no_harm(run: Any) -> None:
@@ -251,7 +252,7 @@ async def test_a_vandal_is_no_failure_of_the_machinery(sandbox: Sandbox, session
     await session.run("1")
     after = await session.run("print(40 + 2)")
     assert after.status is not Status.INFRA
-    if code.startswith("import sys\nsys.std") or "os.close" in code:
+    if "sys.std" in code:
         assert after.stdout == "42\n" or after.state_lost
 
 
