@@ -51,8 +51,13 @@ def resolve(settings: Mapping[str, Setting], where: str) -> tuple[dict[str, str]
     return values, tuple(hidden)
 
 
-def redact(text: str, hidden: Iterable[str]) -> str:
-    """`text` with each of the hidden values as «[secret]»."""
-    for value in sorted(hidden, key=len, reverse=True):
+def redact(text: str, hidden: Iterable[str], *, cut: bool = False) -> str:
+    """`text` with each of the hidden values as «[secret]»; of a text that was `cut`, also the beginning of one at its end."""
+    longest_first = sorted(hidden, key=len, reverse=True)
+    for value in longest_first:
         text = text.replace(value, HIDDEN)
+    for value in longest_first if cut else ():
+        for length in range(len(value) - 1, 2, -1):
+            if text.endswith(value[:length]):
+                return text[:-length] + HIDDEN
     return text

@@ -221,6 +221,9 @@ async def test_secrets_reach_the_service_and_nobody_else(
         assert "api_key" not in json.dumps(tool.tool_schema.to_dict())
         record = await call(tool, {"kind": "echo"})
         over = await call(tool, {"kind": "echo", "api_key": "mine"})
+        for size in range(20, 50):  # wherever the answer is cut
+            cut = await call(HttpTool(config("answer", host, max_response_bytes=size, **secrets)), {"kind": "echo"})
+            assert "s3c" not in cut.text
         await call(tool, {"kind": "500"})
         await call(tool, {"kind": "drop"})
     refused = await call(tool, {"kind": "echo"})  # nobody listens any more
@@ -250,8 +253,9 @@ async def test_redirects_leave_the_list_of_hosts_in_no_case(monkeypatch: pytest.
         assert (await call(HttpTool(both), {"kind": "there"})).text == "/answer/echo None"  # without the other's secret
         acted = HttpTool({**both, "operation": "act"})
         assert (await call(acted, {"kind": "there"})).status is CallStatus.ERROR
-        first.elsewhere = "file:///etc/passwd"
-        assert (await call(HttpTool(both), {"kind": "there"})).status is CallStatus.ERROR
+        for elsewhere in ("file:///etc/passwd", f"http://{host}\\@evil.test/", f"//{host}@evil.test/", "//evil.test"):
+            first.elsewhere = elsewhere
+            assert (await call(HttpTool(both), {"kind": "there"})).status in (CallStatus.ERROR, CallStatus.INFRA)
 
 
 async def test_a_name_with_an_address_that_is_not_public_is_refused() -> None:
@@ -341,6 +345,20 @@ def test_a_wrong_configuration_is_one_sentence(tmp_path: Path, change: dict[str,
     assert str(caught.value).startswith(f"{file}: tool 'http_tool': ")
     assert sentence.replace("{spec}", str(SPEC)) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("listed", "server"),
+    [
+        ("eu.shop.test", "https://EU.shop.test./v1"),
+        ("eu.shop.test:443", "https://eu.shop.test/v1"),
+        ("bücher.test", "https://xn--bcher-kva.test"),
+        ("xn--bcher-kva.test", "https://bücher.test"),
+        ("[::1]:8080", "http://[::1]:8080"),
+    ],
+)
+def test_hosts_are_the_same_however_they_are_written(listed: str, server: str) -> None:
+    HttpTool({**config("getItem"), "server": server, "allowed_hosts": [listed]})
 
 
 def test_a_schema_of_ones_own_must_fit_the_operation() -> None:

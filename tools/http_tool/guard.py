@@ -6,9 +6,9 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Iterable
-from urllib.parse import SplitResult
 
 from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from agentloop.errors import ConfigError, nearest
 
@@ -39,18 +39,16 @@ class Hosts:
             except ValueError as error:
                 raise ConfigError(f"config.allowed_networks: expected a network such as 10.0.0.0/8: {error}") from error
 
-    def check(self, url: SplitResult) -> None:
-        """Raises `NotAllowed` if the list does not have this URL's host and port."""
-        try:
-            host, port = (url.hostname or "").rstrip(".").lower(), url.port
-        except ValueError as error:
-            raise NotAllowed(str(error)) from error
+    def check(self, url: URL) -> None:
+        """Raises `NotAllowed` if the list does not have this URL's host and port. `url` is what the client is given: two
+        parsers might read one text in two ways."""
         default = _PORTS.get(url.scheme)
-        if default is None or not host:
-            raise NotAllowed(f"'{url.geturl()[:100]}' is no http:// or https:// URL")
-        if (host, port or default) in self._hosts or (port in (None, default) and (host, None) in self._hosts):
+        if default is None or not url.raw_host:
+            raise NotAllowed(f"'{str(url)[:100]}' is no http:// or https:// URL")
+        host, port = url.raw_host.rstrip(".").lower(), url.port
+        if (host, port) in self._hosts or (port == default and (host, None) in self._hosts):
             return
-        shown = host if port in (None, default) else f"{host}:{port}"
+        shown = host if port == default else f"{host}:{port}"
         hint = nearest(shown, [f"{name}:{number}" if number else name for name, number in self._hosts])
         raise NotAllowed(f"'{shown}' is not in allowed_hosts; {hint}")
 
@@ -114,7 +112,11 @@ def _split(host: str) -> tuple[str, int | None]:
         or (port is not None and not (port.isdigit() and 0 < int(port) < 65536))
     ):
         raise ConfigError(f"config.allowed_hosts: expected 'host' or 'host:port', got '{host}'")
-    return name.rstrip("."), int(port) if port else None
+    try:
+        written = URL.build(scheme="http", host=name).raw_host or name  # as URLs have it: xn--… for what is not ASCII
+    except ValueError as error:
+        raise ConfigError(f"config.allowed_hosts: '{host}' is no host: {error}") from error
+    return written.rstrip("."), int(port) if port else None
 
 
 def _address(text: str) -> Address | None:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from yarl import URL
 
 from agentloop.errors import ConfigError, nearest
 
@@ -145,7 +146,7 @@ class _Document:
             raise ConfigError(
                 f"{key} http:// or https:// URL" + ("; set config.server" if given is None else f", got '{given}'")
             )
-        return (url or "").rstrip("/")
+        return str(URL(url or "")).rstrip("/")  # the host as URLs have it
 
     def _mapping(self, raw: Any, where: str) -> dict[str, Any]:
         """`raw`, or what it refers to."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, quote_plus, urljoin, urlsplit
+from urllib.parse import quote, quote_plus, urljoin
 
 import aiohttp
 from pydantic import Field
@@ -141,7 +142,7 @@ class HttpTool(BaseTool):
         status, body = answer.status, answer.body
         if status >= 500 or str(status) in _OURS:
             raise ToolInfraError(f"the service answered with status {status}")
-        text = redact(_text(answer.kind, body), self._hidden)
+        text = redact(_text(answer.kind, body), self._hidden, cut=answer.cut)
         if answer.cut:
             text += f"\n[… the answer is longer than {self._settings.max_response_bytes} bytes; the rest was left out …]"
         metrics = {"status": float(status), "bytes": float(len(body))}
@@ -158,7 +159,7 @@ class HttpTool(BaseTool):
             if answer.target is None:
                 return answer
             request = _redirected(request, answer)
-            self._hosts.check(urlsplit(request.url))
+            self._hosts.check(URL(request.url, encoded=True))
             answer = await self._ask(request)
         if answer.target is not None:
             raise NotAllowed(f"more than {MAX_REDIRECTS} redirects")
@@ -223,15 +224,15 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _forms(secrets: tuple[str, ...]) -> tuple[str, ...]:
-    """The secrets, also as a URL has them."""
-    return tuple({form for secret in secrets for form in (secret, quote(secret, safe=""), quote_plus(secret), quote(secret))})
+    """The secrets, also as a URL and as JSON have them."""
+    ways = (str, quote, quote_plus, lambda secret: quote(secret, safe=""), lambda secret: json.dumps(secret)[1:-1])
+    return tuple({way(secret) for secret in secrets for way in ways})
 
 
 def _check_server(hosts: Hosts, operation: Operation) -> None:
-    parts = urlsplit(operation.server)
     try:
-        hosts.check(parts)
-    except NotAllowed as error:
+        hosts.check(URL(operation.server))
+    except (NotAllowed, ValueError) as error:
         raise ConfigError(f"config.allowed_hosts: the service's host {error}") from error
 
 
