@@ -66,8 +66,6 @@ _PRAISE = [
 
 _COMMANDS = [
     r"(?:ignore|disregard|forget|override)\b.{0,40}\b(?:instructions?|prompts?|rules?|guidelines?|above|previous)",
-    r"\b(?:output|respond|reply|answer|say|print|return|write|give|mark|grade|rate|score|judge|evaluate|treat|accept|consider|count)\b.{0,40}"
-    r"(?:\b(?:as|with|by|is|be|only|exactly)\b|[\"'«“:]).{0,12}\b(?:correct|full (?:marks?|credit|points?|score))\b",
     r"\b(?:dear |attention,? |note to |to the |hey,? )(?:grader|judge|evaluator|examiner|teacher|assistant|model|ai)\b",
     r"[\"']?\b(?:verdict|is_correct|iscorrect|correctness|judg(?:e)?ment|grade|correct)\b[\"']?\s*[:=]\s*[\"']?(?:correct|true|yes|pass(?:ed)?|right|1(?:\.0)?)\b",
     r"<\|[a-z_]+\|>|\[/?inst\]|<</?sys>>|<(?:start|end)_of_turn>|</?(?:system|assistant|user|verdict|judg(?:e)?ment)>",
@@ -101,6 +99,11 @@ def _any(patterns: list[str]) -> re.Pattern[str]:
 
 
 _COMMAND = _any(_COMMANDS)
+_PAID = re.compile(r"\b(?:correct|full (?:marks?|credit|points?|score))\b")
+_ORDER = re.compile(
+    r"\b(?:output|respond|reply|say|print|return|write|mark|grade|rate|score|judge|evaluate|treat|accept|consider|count)\b"
+    r".*(?:\b(?:as|with|only|exactly)\b|[\"'«“:]).{0,12}$|\banswer (?:only |exactly )?with .{0,12}$|\b(?:give|award|assign)\b.{0,30}$"
+)
 _EMPTY = _any([*_PRAISE, *_OPENINGS, *_STEPWISE, *_HEADINGS])
 _PRAISE_ONLY = _any(_PRAISE[:-1])
 MAX_CHARS = 400
@@ -119,7 +122,7 @@ def without_content(answer: str, *, question: str = "", reference: str = "") -> 
         return ""
     if not _has_content(text):
         return "empty"
-    if _COMMAND.search(_visible(answer)):
+    if _commands(_visible(answer)):
         return "command"
     if text == _normal(question):
         return "question"
@@ -140,6 +143,17 @@ def without_praise(answer: str) -> str:
         part for part in re.split(r"(?<=[.!?。！？\n])", answer) if not _PRAISE_ONLY.fullmatch(_normal(part).strip(" .!。！"))
     ]
     return "".join(kept).strip()
+
+
+def _praises(sentence: str) -> bool:
+    return len(sentence) <= 200 and _PRAISE_ONLY.fullmatch(_normal(sentence).strip(" .!。！")) is not None
+
+
+def _commands(text: str) -> bool:
+    """Whether `text` tells the judge what to do. «mark … as … correct» is looked for from its end, which takes linear time."""
+    if _COMMAND.search(text):
+        return True
+    return any(_ORDER.search(text[max(found.start() - 70, 0) : found.start()]) for found in _PAID.finditer(text))
 
 
 def _whole_words(text: str) -> str:
