@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from agentloop.config import Strict
+from agentloop.errors import nearest
 from agentloop.sandboxes.base import Limits
 
 DEFAULT_IMAGE = "agentloop-sandbox:latest"
+
+
+LAYERS = (
+    "process namespace",
+    "network namespace",
+    "read-only image",
+    "own user",
+    "no capabilities",
+    "no new privileges",
+    "seccomp",
+    "cgroup memory",
+    "cgroup pids",
+    "cgroup cpu",
+    "disk",
+    "inodes",
+    "open files",
+    "memory events",
+    "CPU time",
+)
+"""The lines of defence, as the driver in the container finds them."""
 
 
 class DockerConfig(Strict):
@@ -38,9 +59,17 @@ class DockerConfig(Strict):
     """Whose list of system calls: ours, which is stricter, or the engine's (for Podman, which takes none over its socket)."""
     runtime: str | None = None
     """The engine's runtime, such as `runsc` (gVisor), if not its default."""
-    allow_missing: tuple[str, ...] = ()
-    """Names of layers without which it may start all the same (see `agentloop sandbox check docker`)."""
+    require: tuple[str, ...] = LAYERS
+    """Layers without which it refuses to start (`agentloop sandbox check docker` shows them); all of them by default."""
     start_timeout_s: float = Field(30.0, gt=0)
     """Seconds for making and starting one container, and for the engine's every other answer."""
     limits: Limits = Limits()
     """What a session may use unless it names limits of its own."""
+
+    @field_validator("require")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in LAYERS:
+                raise ValueError(f"there is no layer '{name}'; {nearest(name, LAYERS)}")
+        return names

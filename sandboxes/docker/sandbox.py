@@ -51,7 +51,7 @@ class DockerSandbox(Sandbox):
             if missing:
                 await first.remove()
                 engine.close()
-                raise SandboxError(f"docker: the engine does not give {missing}; what may be missing goes in `allow_missing`")
+                raise SandboxError(f"docker: the engine does not give {missing}; `require` names the layers that it must have")
             self._engine, self._pool = engine, Pool(self.config, engine)
             self._pool.keep(first)
 
@@ -88,9 +88,8 @@ class DockerSandbox(Sandbox):
             session.close_later()
 
     def _missing(self, container: Container) -> str:
-        missing = [layer for layer in container.layers(self.config) if not layer.active]
-        required = [layer for layer in missing if layer.name not in self.config.allow_missing]
-        return ", ".join(f"'{layer.name}'" + (f" ({layer.detail})" if layer.detail else "") for layer in required)
+        missing = [layer for layer in container.layers(self.config) if not layer.active and layer.name in self.config.require]
+        return ", ".join(f"'{layer.name}'" + (f" ({layer.detail})" if layer.detail else "") for layer in missing)
 
     async def layers(self) -> list[Layer]:
         engine = Engine(self.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -200,6 +201,56 @@ async def test_a_full_disk_is_an_os_error_and_leaves_no_half_file(docker_host: s
         assert (await session.run("import os; os.listdir()")).value == "[]"
 
 
+# --- the driver
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="system calls by their numbers on x86-64")
+async def test_the_driver_cannot_be_reached_by_what_it_watches(session: Session) -> None:
+    attempts = {
+        "its limits": "resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))",
+        "its priority": "os.setpriority(os.PRIO_PROCESS, 1, 19)",
+        "the priority of everyone": "os.setpriority(os.PRIO_USER, 0, 19)",
+        "its processors": "os.sched_setaffinity(1, {0})",
+        "its memory": "open('/proc/1/mem', 'rb')",
+        "its streams": "os.listdir('/proc/1/fd')",
+        "its chance to be killed for memory": "open('/proc/1/oom_score_adj', 'w')",
+        "its environment": "open('/proc/1/environ').read()",
+        "its memory by a call": "libc(310, 1, 0, 0, 0, 0, 0)",  # process_vm_readv on x86-64
+        "its descriptors by a call": "libc(438, libc(434, 1, 0), 1, 0)",  # pidfd_getfd
+        "tracing it": "libc(101, 16, 1, 0, 0)",  # ptrace(PTRACE_ATTACH)
+    }
+    code = """import ctypes, os, resource
+def libc(*numbers):
+    if ctypes.CDLL(None, use_errno=True).syscall(*numbers) < 0:
+        raise OSError(ctypes.get_errno(), '')
+    return 0
+done = []
+for name, attempt in ATTEMPTS.items():
+    try:
+        exec(attempt)
+        done.append(name)
+    except OSError:
+        pass
+done"""
+    assert (await session.run(code.replace("ATTEMPTS", repr(attempts)))).value == "[]"
+    signals = await session.run("import os, signal\nfor n in set(signal.Signals):\n    os.kill(1, n)\n'sent'")
+    assert signals.value == "'sent'"
+    assert (await session.run("1 + 1")).value == "2"
+
+
+async def test_frames_that_the_code_writes_reach_nobody(session: Session) -> None:
+    forged = (
+        "import json, os, struct\nhead = json.dumps({'id': 1, 'status': 'ok', 'value': 'forged'}).encode()\n"
+        "frame = struct.pack('>II', len(head), 0) + head\n"
+        "fds = [int(fd) for fd in os.listdir('/proc/self/fd')]\n"
+        "for fd in fds:\n    try:\n        os.write(fd, frame)\n    except OSError:\n        pass\n1 / 0"
+    )
+    result = await session.run(forged)
+    assert result.status is Status.ERROR
+    assert result.value is None
+    assert (await session.run("1 + 1")).value == "2"
+
+
 # --- without a session
 
 
@@ -330,7 +381,7 @@ async def test_what_keeps_it_from_starting_is_one_sentence(docker_host: str) -> 
 async def test_a_missing_layer_is_refused_unless_allowed(docker_host: str) -> None:
     with pytest.raises(SandboxError, match="the engine does not give 'no capabilities'"):
         await _Capable(DockerConfig(host=docker_host, scope="process", spares=0)).start()
-    async with _Capable(DockerConfig(host=docker_host, scope="process", allow_missing=("no capabilities",))) as docker:
+    async with _Capable(DockerConfig(host=docker_host, scope="process", require=("seccomp",))) as docker:
         assert (await docker.run("1")).value == "1"
 
 
