@@ -22,8 +22,9 @@ from agentloop.errors import ConfigError, ToolInfraError
 from agentloop.tools import ToolRegistry
 from agentloop.tools.search import Search
 from agentloop.tools.search.build import Build
-from agentloop.tools.search.corpus import Columns
+from agentloop.tools.search.corpus import Columns, content_digest
 from agentloop.tools.search.hits import snippet
+from agentloop.tools.search.index import FORMAT
 from agentloop.trajectory import CallRecord, CallStatus, Sample, ToolCall
 
 PLANETS = {
@@ -153,10 +154,12 @@ def test_an_index_is_built_once_for_all_processes_and_anew_when_the_corpus_chang
 
 
 def test_what_a_killed_build_left_is_cleared_away(corpus: Path, tmp_path: Path, make: Callable[..., Search]) -> None:
-    leftover = tmp_path / "cache" / "unfinished-1"
+    leftover = tmp_path / "cache" / f"unfinished-{content_digest(corpus, Columns(), FORMAT)}"
     leftover.mkdir(parents=True)
+    (leftover / "scores").write_text("half of it")
     make(corpus)
     assert not leftover.exists()
+    assert len(list((tmp_path / "cache").glob("*/complete"))) == 1
 
 
 def test_a_build_that_is_killed_is_an_infrastructure_failure(tmp_path: Path) -> None:

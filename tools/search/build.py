@@ -109,27 +109,26 @@ def _known(corpus: Path, columns: Columns, cache: Path) -> Path | None:
 
 
 def build(corpus: Path, columns: Columns, cache: Path) -> Path:
-    """The folder of the index, built if it is not there. One process builds at a time; the others wait and find it."""
+    """The folder of the index, built if it is not there. Of one index one process builds; the others wait and find it."""
     before = stat_key(corpus, columns, FORMAT)
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:
+    digest = content_digest(corpus, columns, FORMAT)
+    folder = cache / digest
+    for below in ("locks", "known"):
+        (cache / below).mkdir(parents=True, exist_ok=True)
+    with (cache / "locks" / digest).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        digest = content_digest(corpus, columns, FORMAT)
-        folder = cache / digest
         if not (folder / "complete").is_file():
-            for leftover in cache.glob("unfinished-*"):  # of a build that was killed: nobody else builds now
+            unfinished = cache / f"unfinished-{digest}"
+            for leftover in (unfinished, folder):  # of a build that was killed: nobody else builds this one now
                 shutil.rmtree(leftover, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished = cache / f"unfinished-{os.getpid()}"
             unfinished.mkdir()
             count = write_index(unfinished, documents(corpus, columns))
             (unfinished / "complete").write_text(f"{count}\n")
             unfinished.rename(folder)
-        if stat_key(corpus, columns, FORMAT) == before:
-            (cache / "known").mkdir(exist_ok=True)
-            note = cache / "known" / f"{before}.{os.getpid()}"
-            note.write_text(digest)
-            note.rename(cache / "known" / before)
+    if stat_key(corpus, columns, FORMAT) == before:
+        note = cache / "known" / f"{before}.{os.getpid()}"
+        note.write_text(digest)
+        note.rename(cache / "known" / before)
     return folder
 
 
