@@ -73,7 +73,7 @@ class CodeSettings(Strict):
     submit_tool: str = "submit"
     """The tool whose last successful call holds the answer, if it was called."""
     preamble: str = ""
-    """Python put before the candidate's code (`from typing import *`)."""
+    """Python that runs before the candidate's code, in its names (`from typing import *`)."""
     max_code_chars: int = Field(100_000, ge=1)
 
 
@@ -134,7 +134,7 @@ class CodeReward:
             return None, "no_code"
         if len(source) > self.settings.max_code_chars:
             return None, "too_long"
-        return f"{self.settings.preamble}\n{source}" if self.settings.preamble else source, ""
+        return source, ""
 
     def _limits(self, tests: list[CodeTest]) -> Limits:
         longest = max(len(json.dumps(test.expected)) for test in tests)
@@ -149,7 +149,7 @@ class CodeReward:
         """How one test ended, and the seconds that it ran."""
         nonce = f"result-{secrets.token_hex(16)}"
         task: dict[str, Any] = {"nonce": nonce, "source": source, "limit": limits.output_bytes - 256}
-        task |= {"fn": test.fn, "args": test.args, "kwargs": test.kwargs}
+        task |= {"fn": test.fn, "args": test.args, "kwargs": test.kwargs, "preamble": self.settings.preamble}
         code = f"{_driver()}\n_grade({json.dumps(task)!r})\n"
         result = await self.sandbox.run(code, stdin=test.stdin, timeout=timeout, limits=limits)
         if result.status is Status.INFRA:

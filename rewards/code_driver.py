@@ -101,6 +101,7 @@ def _grade(text: str) -> None:
         names["exit"] = names["quit"] = sys.exit
     kind, body = "end", "null"
     try:
+        exec(compile(task["preamble"], "<preamble>", "exec"), names)
         exec(compile(task["source"], "<solution>", "exec"), names)
         if not program:
             try:

@@ -101,6 +101,9 @@ async def test_what_is_right_passes_in_the_process_sandbox() -> None:
         ("import threading, time\ndef add(a, b):\n    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\n"
          "    return a + b", "threads"),
         ("def add(a, b):\n    input()\n    return a + b", "raised"),
+        ("def add(a, b):\n    return '\ud800'", "raised"),
+        ("x = 1\0", "raised"),
+        ("x = " + "(" * 5_000, "raised"),
         ("   ", "no_code"),
         ("x = 1\n" * 20_000, "too_long"),
     ],
@@ -123,6 +126,12 @@ async def test_all_or_a_fraction() -> None:
     reward = await grade(half, ADD, score="fraction")
     assert (reward.value, reward.components) == (0.5, {"passed": 0.5, "all_passed": 0.0})
     assert reward.info == {"verdict": "wrong_answer", "detail": "test 1: 3"}
+
+
+async def test_a_preamble_runs_before_the_candidate() -> None:
+    code = "from __future__ import annotations\ndef add(a: Optional[int], b):\n    return sum(List([a, b]))"
+    assert await verdict(code, ADD) == "raised"
+    assert await verdict(code, ADD, preamble="from typing import Optional\nList = list") == "passed"
 
 
 async def test_with_all_nothing_runs_after_the_first_failure() -> None:
