@@ -107,7 +107,7 @@ def conversation(
 def finish(
     trajectory: Trajectory, recorder: Recorder, *, reward: float = 1.0, end_reason: EndReason = EndReason.FINAL_ANSWER
 ) -> None:
-    trajectory.reward = Reward(reward, {"correct": reward, "tool/calculator": 0.5}, {"extracted": "4"})
+    trajectory.reward = Reward(reward, {"correct": reward, "tool/calculator": 0.5}, {"extracted": "4"}, turns=(0.5, -0.25))
     trajectory.end_reason, trajectory.state = end_reason, State.DONE
     trajectory.score_s, trajectory.total_s = 0.01, 1.5
     recorder.trajectory_end(trajectory)
