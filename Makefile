@@ -14,10 +14,11 @@ STAMP := $(VENV)/.agentloop-installed
 install: $(STAMP)
 
 # torch first: the CPU build of constraints/cpu.txt; otherwise pip may bring gigabytes of CUDA.
-$(STAMP): pyproject.toml constraints/cpu.txt
+$(STAMP): pyproject.toml constraints/cpu.txt constraints/inspect.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r constraints/inspect.txt
 	touch $(STAMP)
 
 quickstart: install
