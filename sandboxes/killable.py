@@ -377,11 +377,11 @@ class PoolService(Service):
 async def _receive(sock: socket.socket, timeout_s: float) -> tuple[bytes, list[int]]:
     """One packet and the file descriptors with it."""
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(sock, lambda: readable.done() or readable.set_result(None))
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
     try:
         async with asyncio.timeout(timeout_s):
-            await readable
+            await readable.wait()
     finally:
         loop.remove_reader(sock)
     data, rights, _, _ = sock.recvmsg(65536, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)

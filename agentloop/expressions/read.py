@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from agentloop.expressions.tokens import Token, group, tokens
-from agentloop.expressions.tree import MAX_DEPTH, MAX_DIGITS, Node, Unreadable, number, written
+from agentloop.expressions.tokens import Token, tokens
+from agentloop.expressions.tree import MAX_DEPTH, MAX_DIGITS, Node, Unreadable, number
 from agentloop.expressions.words import (
     ACCENTS,
     ALIASES,
@@ -23,14 +23,13 @@ from agentloop.expressions.words import (
     JOINING,
     LISTS,
     NEUTRAL,
+    NO_FACTOR,
     PERCENT,
     RELATIONS,
     SPACES,
     STYLES,
     UNITS,
 )
-
-__all__ = ["group", "parse"]
 
 _OPEN = {"(": ")", "[": "]"}
 _CONSTANTS = {"pi": "pi", "e": "e", "i": "i", "infty": "inf", "infinity": "inf", "inf": "inf", "oo": "inf", "iota": "i"}
@@ -304,20 +303,20 @@ class _Reader:
         if token.kind == "id":
             return not (self._joins() or _is_word(token, left))
         if token.kind == "char":
-            return token.text in "({[" and not (token.text == "[" and left.op != "num") or (token.text == "|" and not self._bars)
+            if token.text == "[":
+                return left.op == "num"
+            return token.text in "({" or (token.text == "|" and not self._bars)
         if token.kind != "cmd":
             return False
         if token.text in ("mathrm", "operatorname", "rm") and not self._style_is_name():
             return False
-        return "\\" + token.text not in RELATIONS and token.text not in (
-            "cup", "cap", "setminus", "backslash", "bigcup", "pm", "mp", "times", "cdot", "div", "ast", "\\", "}", "rangle", "end",
-            "land", "lor", "wedge", "vee", "not", "circ", "rvert", "rfloor", "rceil", "right", "rVert",
-        )  # fmt: skip
+        return "\\" + token.text not in RELATIONS and token.text not in NO_FACTOR
 
     def _style_is_name(self) -> bool:
         """`\\mathrm{…}` holds one letter or a function, no unit."""
         following = self._tokens[self._at + 1 : self._at + 4]
-        return len(following) == 3 and following[0].text == "{" and (len(following[1].text) == 1 or following[1].text in FUNCTIONS)
+        name = following[1].text if len(following) == 3 and following[0].text == "{" else ""
+        return len(name) == 1 or name in FUNCTIONS
 
     def _slash_follows(self) -> bool:
         one, two = self._tokens[self._at + 1 : self._at + 3] if self._at + 3 <= len(self._tokens) else (self._next, self._next)
@@ -327,8 +326,9 @@ class _Reader:
         """`1 1/2`: the fraction becomes one token, as if written with `\\frac`."""
         top, bottom = self._tokens[self._at].text, self._tokens[self._at + 2].text
         space = self._tokens[self._at].spaced
-        pieces = [Token("cmd", "frac", space), Token("char", "{", False), Token("number", top, False), Token("char", "}", False)]
-        pieces += [Token("char", "{", False), Token("number", bottom, False), Token("char", "}", False)]
+        pieces = [Token("cmd", "frac", space)]
+        for part in (top, bottom):
+            pieces += [Token("char", "{", False), Token("number", part, False), Token("char", "}", False)]
         self._tokens[self._at : self._at + 3] = pieces
 
     def _power(self) -> Node:
@@ -460,7 +460,7 @@ class _Reader:
             if token.kind == "cmd" and token.text in STYLES:
                 return self._raw()
             return token.text
-        depth, parts = 1, []
+        depth, parts = 1, list[str]()
         while True:
             token = self._next
             self._at += 1
@@ -491,8 +491,8 @@ class _Reader:
         if name == "frac":
             top = self._argument()
             bottom = self._argument()
-            mixed = _whole(top) and _whole(bottom) and top.value is not None and bottom.value is not None and top.value < bottom.value
-            return Node("div", (top, bottom), "mixed" if mixed else "")
+            proper = _whole(top) and _whole(bottom) and (top.value or 0) < (bottom.value or 0)
+            return Node("div", (top, bottom), "mixed" if proper else "")  # it may follow a whole number
         if name == "sqrt":
             return self._root()
         if name in ("binom", "dbinom", "tbinom"):
@@ -560,7 +560,9 @@ class _Reader:
         following = self._tokens[self._at + 1]
         if following.kind == "id" and len(following.text) > 1 and self._tokens[self._at + 2].text == "}":
             self._at += 3
-            return self._identifier(following) if following.text in FUNCTIONS or len(following.text) < 3 else _no_word(following)
+            if following.text not in FUNCTIONS and len(following.text) > 2:
+                raise Unreadable(f"'{following.text[:40]}' is a word")
+            return self._identifier(following)
         node = self._argument()
         if node.op == "sym" and self._take("_"):
             return Node("sym", (), f"{node.text}_{self._raw()}")
@@ -579,10 +581,7 @@ class _Reader:
         if self._take("["):
             index = self._deeper(self._list)
             self._expect("]")
-        if self._is("{"):
-            argument = self._argument()
-        else:
-            argument = self._deeper(self._atom)
+        argument = self._argument() if self._is("{") else self._deeper(self._atom)
         if index is None:
             return Node("call", (argument,), "sqrt")
         return Node("call", (argument, index), "root")
@@ -712,10 +711,6 @@ class _Reader:
 # -- helpers --------------------------------------------------------------------------------------------------------------
 
 
-def _no_word(token: Token) -> Node:
-    raise Unreadable(f"'{token.text[:40]}' is a word")
-
-
 def _is_word(token: Token, left: Node) -> bool:
     """Letters that are a word or a unit rather than a product of symbols."""
     text = token.text
@@ -756,6 +751,3 @@ def _repeating(start: str, period: str) -> Node:
     whole = Fraction(start + ("0" if start[-1] == "." else ""))
     places = len(start.partition(".")[2])
     return number(whole + Fraction(int(period), (10 ** len(period) - 1) * 10**places), f"{start}({period})")
-
-
-__all__ += ["written"]

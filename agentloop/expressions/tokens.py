@@ -97,8 +97,8 @@ _SEPARATORS = {
 }
 _EXPONENT = r"(?:[eE][+-]?[0-9]{1,6}(?![0-9A-Za-z.]))?"
 _NUMBER = {
-    how: re.compile(rf"(?:[1-9][0-9]{{0,2}}(?:{separator}[0-9]{{3}}(?![0-9]))+|[0-9]+)(?:\.[0-9]*)?{_EXPONENT}|\.[0-9]+{_EXPONENT}")
-    for how, separator in _SEPARATORS.items()
+    how: re.compile(rf"(?:(?:[1-9][0-9]{{0,2}}(?:{comma}[0-9]{{3}}(?![0-9]))+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+){_EXPONENT}")
+    for how, comma in _SEPARATORS.items()
 }
 _NUMBER["comma"] = re.compile(rf"[0-9]+(?:,[0-9]+)?{_EXPONENT}")
 _GROUPING = re.compile(r"[^0-9.eE+-]")
@@ -135,7 +135,7 @@ def tokens(text: str, grouping: str = "all") -> list[Token]:
                 found.append(Token("cmd", "ldots", spaced))
                 continue
             rest = text[at + 1 : at + 2]
-            if char == "." and not rest.strip() or rest in "$\\}":
+            if (char == "." and not rest.strip()) or rest in "$\\}":
                 at += 1  # a full stop
                 continue
             raise Unreadable(f"unexpected '{char}'")
@@ -190,7 +190,8 @@ def _command(text: str, at: int, spaced: bool, found: list[Token]) -> tuple[int,
         inside = group(text, end)
         if inside is not None:
             content, end = inside
-            found.append(Token("text", " ".join(content.replace("\\ ", " ").replace("\\,", " ").replace("~", " ").split()), spaced))
+            words = content.replace("\\ ", " ").replace("\\,", " ").replace("~", " ").split()
+            found.append(Token("text", " ".join(words), spaced))
             return end, False
     if name.startswith("quad") and name not in SILENT:  # `\\quadx`
         return match.start() + len("\\quad"), True

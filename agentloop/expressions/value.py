@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
 
-import mpmath
+import mpmath  # type: ignore[import-untyped, unused-ignore]
 
 from agentloop.expressions.tree import Node, names, written
 
@@ -42,7 +42,7 @@ def value(node: Node, symbols: Mapping[str, Number] | None = None, *, digits: in
     """The value of a tree, its symbols replaced. Raises `Undefined`, `Huge`, `NoNumber`."""
     with mpmath.workdps(digits):
         try:
-            found = _Computer(symbols or {}, degrees=False).of(node)
+            found = _Computer(symbols or {}).of(node)
         except ZeroDivisionError as error:
             raise Undefined("division by zero") from error
         except (OverflowError, MemoryError) as error:
@@ -67,7 +67,7 @@ def same_value(left: Number, right: Number, digits: int = DIGITS) -> bool:
 
 
 def is_real(found: Number) -> bool:
-    if isinstance(found, Fraction) or isinstance(found, mpmath.mpf):
+    if isinstance(found, (Fraction, mpmath.mpf)):
         return True
     return bool(abs(found.imag) <= abs(found) * mpmath.mpf(10) ** -30)
 
@@ -125,7 +125,8 @@ def proportional(left: Node, right: Node) -> bool:
                 if _complex(one) != _complex(two):
                     return False
                 continue
-            ratios.append(one / two if isinstance(one, Fraction) and isinstance(two, Fraction) else _complex(one) / _complex(two))
+            exact = isinstance(one, Fraction) and isinstance(two, Fraction)
+            ratios.append(one / two if exact else _complex(one) / _complex(two))
     return len(ratios) >= 3 and all(same_value(ratios[0], ratio, 50) for ratio in ratios[1:])
 
 
@@ -155,7 +156,7 @@ def _checked(found: Number) -> Number:
 
 
 class _Computer:
-    def __init__(self, symbols: Mapping[str, Number], degrees: bool) -> None:
+    def __init__(self, symbols: Mapping[str, Number]) -> None:
         self._symbols = symbols
         self._steps = 0
 
@@ -408,6 +409,8 @@ def _extreme(function: Callable[..., Any]) -> Callable[..., Number]:
     return computed
 
 
+_CIRCULAR = ("sin", "cos", "tan", "cot", "sec", "csc")
+_HYPERBOLIC = ("sinh", "cosh", "tanh")
 _FUNCTIONS: dict[str, Callable[..., Number]] = {
     "sqrt": _sqrt,
     "cbrt": lambda x: _root(x, Fraction(3)),
@@ -425,12 +428,7 @@ _FUNCTIONS: dict[str, Callable[..., Number]] = {
     "sign": lambda x: Fraction(0) if x == 0 else x / abs(x),
     "re": lambda x: _complex(x).real,
     "im": lambda x: _complex(x).imag,
-    **{
-        name: _plain(getattr(mpmath, known))
-        for name, known in {
-            **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth sech csch erf arg".split()},
-            **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()},
-        }.items()
-    },
+    **{name: _plain(getattr(mpmath, name)) for name in (*_CIRCULAR, *_HYPERBOLIC, "coth", "sech", "csch", "erf", "arg")},
+    **{f"arc{name}": _plain(getattr(mpmath, f"a{name}")) for name in (*_CIRCULAR, *_HYPERBOLIC)},
 }
 """Functions by the names of `words.FUNCTIONS`; another one is opaque: equal in writing or not equal."""

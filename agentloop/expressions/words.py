@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-FUNCTIONS = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+FUNCTIONS = _words(
     "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh "
-    "asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs max min gcd lcm floor ceil ceiling binomial factorial det sgn "
-    "sign re im arg gamma erf mod".split()
+    "asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs max min gcd lcm floor ceil ceiling binomial factorial det "
+    "sgn sign re im arg gamma erf mod"
 )
 """Names that are functions in plain text and in LaTeX."""
 ALIASES = {
@@ -19,9 +24,9 @@ ALIASES = {
     "ln": "log",
     "sgn": "sign",
 }
-GREEK = frozenset(
+GREEK = _words(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar nabla partial".split()
+    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar nabla partial"
 )
 RELATIONS = {
     "=": "=",
@@ -58,33 +63,38 @@ RELATIONS = {
     "\\parallel": "parallel",
     "\\perp": "perp",
 }
-STYLES = frozenset(
+STYLES = _words(
     "mathrm mathbf mathit mathsf mathtt mathcal mathfrak boldsymbol bm rm bf it operatorname pmb mathnormal displaystyle "
-    "textstyle scriptstyle underline boxed fbox phantom limits nolimits".split()
+    "textstyle scriptstyle underline boxed fbox phantom limits nolimits"
 )
 """Commands that change how their argument looks."""
-TEXTS = frozenset("text textbf textit textrm textsf texttt textnormal mbox hbox emph textup".split())
-ACCENTS = frozenset("overline vec hat bar tilde widehat widetilde overrightarrow overleftrightarrow dot ddot underbrace".split())
-SILENT = frozenset(
+TEXTS = _words("text textbf textit textrm textsf texttt textnormal mbox hbox emph textup")
+ACCENTS = _words("overline vec hat bar tilde widehat widetilde overrightarrow overleftrightarrow dot ddot underbrace")
+SILENT = _words(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle limits "
-    "nolimits quad qquad , ; : ! > nonumber notag middle rm bf it hfill \"".split()
+    'nolimits quad qquad , ; : ! > nonumber notag middle rm bf it hfill "'
 )
-ENVIRONMENTS = frozenset("pmatrix bmatrix matrix Bmatrix vmatrix Vmatrix smallmatrix array".split())
-LISTS = frozenset("cases aligned align align* gathered split".split())
+ENVIRONMENTS = _words("pmatrix bmatrix matrix Bmatrix vmatrix Vmatrix smallmatrix array")
+LISTS = _words("cases aligned align align* gathered split")
+NO_FACTOR = _words(
+    "cup cap setminus backslash bigcup pm mp times cdot div ast \\ } rangle end land lor wedge vee not circ rvert rfloor rceil "
+    "right rVert vert"
+)
+"""Commands that no factor begins with."""
 SPACES = {"R": "R", "Q": "Q", "Z": "Z", "N": "N", "C": "C"}
 
 JOINING = frozenset({"and", "or", "&"})
 """Words between the items of a list."""
-NEUTRAL = frozenset(
+NEUTRAL = _words(
     "the a an answer answers final result results value values is are be equals equal to so thus therefore hence we have get "
-    "solution solutions of x y n only total there".split()
+    "solution solutions of x y n only total there"
 )
 """Words before a number that change nothing about it."""
-DOUBT = frozenset(
+DOUBT = _words(
     "not no none never maybe perhaps possibly probably either neither nor alternatively otherwise approximately about roughly "
     "around nearly almost except unless isn't less more least most over under between if when mod modulo remainder squared "
     "cubed minus plus times divided half third hundred thousand million billion trillion dozen negative wrong false incorrect "
-    "undefined impossible unknown unless but instead".split()
+    "undefined impossible unknown unless but instead"
 )
 """Words that change what a number beside them says: it is not taken to be annotated by them."""
 
@@ -130,10 +140,8 @@ _UNITS: dict[str, tuple[str, str, str]] = {  # words: (dimension, factor to the 
 UNITS = {word: value for words, value in _UNITS.items() for word in words.split()}
 """Word to (dimension, factor to the dimension's base unit, name)."""
 PERCENT = frozenset({"percent", "pct", "percentage", "percents", "%", "\\%"})
-NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split()
-    )
-}
+_COUNTED = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}

@@ -17,7 +17,7 @@ from agentloop.errors import ConfigError
 from agentloop.sandboxes.base import SandboxError
 from agentloop.sandboxes.killable import WorkerOutOfMemory, WorkerPool, WorkerTimeout, run_blocking
 from agentloop.sandboxes.node import Scope
-from agentloop.trajectory import CallStatus, EndReason, Reward, Sample, Trajectory
+from agentloop.trajectory import EndReason, Reward, Sample, Trajectory
 
 __all__ = ["VERDICTS", "GraderError", "MathReward", "compute_score", "grade"]
 
@@ -48,9 +48,7 @@ class GraderError(SandboxError):
 class Grader:
     """A pool of grader processes. Grading is quick (a millisecond or so), so that few workers serve many trajectories."""
 
-    def __init__(self, *, workers: int = 2, limit_s: float = LIMIT_S, memory_mb: int = MEMORY_MB, scope: Scope = "node") -> None:
-        from agentloop.rewards.math.worker import WARM_UP
-
+    def __init__(self, workers: int, limit_s: float, memory_mb: int, scope: Scope) -> None:
         self.pool = WorkerPool(
             "agentloop.rewards.math.worker:work",
             workers=workers,
@@ -61,8 +59,16 @@ class Grader:
         )
         self.limit_s = limit_s
 
-    async def grade(self, text: str, ground_truth: Any, *, answer: str | None = None, marked_only: bool = False) -> Reward:
-        """1.0 if the answer in `text` (or `answer`) says what `ground_truth` says, else 0.0.
+    async def grade(
+        self,
+        text: str,
+        ground_truth: Any,
+        *,
+        submitted: Sequence[str] | None = None,
+        marked_only: bool = False,
+        cut_off: bool = False,
+    ) -> Reward:
+        """1.0 if the answer in `text` (or what was `submitted`) says what `ground_truth` says, else 0.0.
 
         `ground_truth` is a text, a number, or a sequence of them of which any will do. `info` has the `verdict`, the `answer`
         as it was found and `how`. Raises `ValueError` for a ground truth of another type, and `SandboxError` where the
@@ -72,8 +78,9 @@ class Grader:
         payload = {
             "gold": golds,
             "text": _sendable(text[-TEXT:]),
-            "answer": None if answer is None else _sendable(answer[:TEXT]),
+            "submitted": None if submitted is None else [_sendable(one[:TEXT]) for one in submitted[:20]],
             "marked_only": marked_only,
+            "cut_off": cut_off,
         }
         try:
             found = await self.pool.call(payload)
@@ -93,7 +100,7 @@ class Grader:
     async def _check(self, golds: list[str]) -> None:
         """Raise if it is the ground truth that cannot be graded, not the answer."""
         try:
-            await self.pool.call({"gold": golds, "text": "", "answer": golds[0] if golds else "", "marked_only": True})
+            await self.pool.call({"gold": golds, "text": "", "submitted": golds[:1], "marked_only": True})
         except (WorkerTimeout, WorkerOutOfMemory) as error:
             raise GraderError(f"the ground truth {golds[0][:80]!r} is too much work for a grader") from error
 
@@ -101,23 +108,27 @@ class Grader:
         await self.pool.close()
 
 
+WARM_UP = {"gold": ["\\frac{1}{2}"], "text": "\\boxed{\\sqrt{2}+x}", "submitted": None, "marked_only": False}
+
 _graders: dict[tuple[Any, ...], Grader] = {}
 
 
 def _grader(workers: int = 2, limit_s: float = LIMIT_S, memory_mb: int = MEMORY_MB, scope: Scope = "node") -> Grader:
     key = (workers, limit_s, memory_mb, scope)
-    return _graders.setdefault(key, Grader(workers=workers, limit_s=limit_s, memory_mb=memory_mb, scope=scope))
+    if key not in _graders:
+        _graders[key] = Grader(*key)
+    return _graders[key]
 
 
-async def grade(text: str, ground_truth: Any, *, answer: str | None = None, marked_only: bool = False) -> Reward:
+async def grade(text: str, ground_truth: Any, *, submitted: Sequence[str] | None = None, marked_only: bool = False) -> Reward:
     """`Grader.grade` with the node's pool."""
-    return await _grader().grade(text, ground_truth, answer=answer, marked_only=marked_only)
+    return await _grader().grade(text, ground_truth, submitted=submitted, marked_only=marked_only)
 
 
 class MathReward:
     """1.0 for the right answer in the model's last turn, or in the last call of the `submit` tool, else 0.0.
 
-    A trajectory that was cut off has no answer (`truncated`), unless it submitted one. Reasoning is not looked at.
+    In a trajectory that was cut off only a box or tag that is closed counts. Reasoning is not looked at.
     """
 
     def __init__(
@@ -141,20 +152,23 @@ class MathReward:
         self._submit_tool = submit_tool
 
     async def __call__(self, trajectory: Trajectory, sample: Sample, text: str) -> Reward:
-        answer = self._submitted(trajectory)
-        if answer is None and trajectory.end_reason not in (None, EndReason.FINAL_ANSWER):
-            _golds(sample.ground_truth)
-            return Reward(0.0, {"correct": 0.0}, {"verdict": "truncated", "answer": None, "how": "none"})
-        return await self._grader.grade(text, sample.ground_truth, answer=answer, marked_only=self._marked_only)
+        cut_off = trajectory.end_reason not in (None, EndReason.FINAL_ANSWER)
+        return await self._grader.grade(
+            text,
+            sample.ground_truth,
+            submitted=self._submitted(trajectory),
+            marked_only=self._marked_only,
+            cut_off=cut_off,
+        )
 
-    def _submitted(self, trajectory: Trajectory) -> str | None:
+    def _submitted(self, trajectory: Trajectory) -> list[str] | None:
+        """All answers of the last turn that submitted one; several that differ are conflicting."""
         for turn in reversed(trajectory.turns):
-            for record in reversed(turn.calls):
-                if record.call.name == self._submit_tool and record.status is CallStatus.OK:
-                    arguments = record.call.arguments
-                    if isinstance(arguments, dict) and arguments:
-                        value = arguments.get("answer", next(iter(arguments.values())))
-                        return value if isinstance(value, str) else str(value)
+            calls = [record.call for record in turn.calls if record.call.name == self._submit_tool]
+            answers = [call.arguments.get("answer") for call in calls if isinstance(call.arguments, dict)]
+            found = [str(answer) for answer in answers if answer is not None and str(answer).strip()]
+            if found:
+                return found
         return None
 
 
@@ -171,7 +185,8 @@ def compute_score(
     """The same in verl's signature. Blocks its thread, with no event loop of its own in it; verl calls it in a thread. On an
     event loop's thread use `await grade(…)`. Raises where the machinery failed."""
     reward = run_blocking(_grader(limit_s=limit_s).grade(solution_str, ground_truth, marked_only=marked_only))
-    return {"score": reward.value, "correct": reward.value, "verdict": reward.info["verdict"], "answer": reward.info["answer"] or ""}
+    verdict, answer = reward.info["verdict"], reward.info["answer"] or ""
+    return {"score": reward.value, "correct": reward.value, "verdict": verdict, "answer": answer}
 
 
 def _golds(ground_truth: Any) -> list[str]:
@@ -193,4 +208,3 @@ def _golds(ground_truth: Any) -> list[str]:
 def _sendable(text: str) -> str:
     """Without halves of surrogate pairs, which are no Unicode."""
     return text.encode("utf-8", "replace").decode("utf-8")
-

@@ -13,7 +13,7 @@ from agentloop.expressions.words import NUMBER_WORDS
 _CHOICE = re.compile(r"\(?([A-J])\)?(?:[.):](?:\s.*)?|)", re.DOTALL)
 _OTHER_CHOICE = re.compile(r"(?:\b(?:or|and|not)\b|(?<![A-Za-z])\(?[A-J][.)](?:\s|$))")
 _TIME = re.compile(r"([0-9]{1,2})(?::([0-9]{2})(?::([0-9]{2}))?)?\s*(a\.?m\.?|p\.?m\.?)?", re.IGNORECASE)
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|boxed|textnormal|texttt|textsf)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal|tt|sf)?|math(?:rm|bf)|mbox|operatorname|boxed)\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"[-+−$€£\s]*[0-9]+,[0-9]+(?:\s|[^0-9,]|$)")
 _PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?(?:answer|result|solution)\s*(?:is|:|=)\s*:?", re.IGNORECASE)
 

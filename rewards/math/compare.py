@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import mpmath
+import mpmath  # type: ignore[import-untyped, unused-ignore]
 
 from agentloop.expressions.tree import Node, names, number, written
 from agentloop.expressions.value import Huge, NoNumber, Undefined, is_real, points, proportional, same_function, value
@@ -59,9 +59,8 @@ def _same(gold: Node, answer: Node) -> bool:
     whole = gold, answer
     gold_name, gold = _named(gold)
     name, answer = _named(answer)
-    if bool(gold_name) != bool(name) and all(side.op == "rel" and side.text == "=" for side in whole):
-        if "rel" in (gold.op, answer.op):
-            return _same_equation(*whole)
+    if bool(gold_name) != bool(name) and "rel" in (gold.op, answer.op) and all(side.text == "=" for side in whole):
+        return _same_equation(*whole)
     if gold_name and name and gold_name != name and _is_variable(gold_name) and _is_variable(name) and not names(gold):
         return False
     gold, answer = of_matrices(_expanded(gold)), of_matrices(_expanded(answer))
@@ -78,6 +77,7 @@ def _same(gold: Node, answer: Node) -> bool:
 
 
 # -- names: «x = 5» ---------------------------------------------------------------------------------------------------------
+
 
 def _named(node: Node) -> tuple[str, Node]:
     """What a chain of equations names, and what it says that is; `("", node)` for anything else.
@@ -119,11 +119,11 @@ def _is_name(node: Node) -> bool:
     if node.op == "sym":
         return True
     if node.op == "mul":
-        if len(node.args) == 2 and node.args[0].op == "sym" and node.args[1].op in ("sym", "num") and _letter(node.args[0]) in "fghFGHPQTWpq":
-            return True
+        if len(node.args) == 2 and _letter(node.args[0]) in "fghFGHPQTWpq" and node.args[1].op in ("sym", "num"):
+            return True  # f(x)
         return all(arg.op == "sym" and arg.text[:1].isupper() for arg in node.args)  # AB
     if node.op == "call":
-        return node.text in ("abs", "det") and _is_name(node.args[0]) or node.text in ("max", "min")
+        return (node.text in ("abs", "det") and _is_name(node.args[0])) or node.text in ("max", "min")
     if node.op in ("div", "ratio", "tuple"):
         return all(_is_name(arg) and (node.op != "div" or _letter(arg).isupper() or "_" in arg.text) for arg in node.args)
     return node.op == "opaque" and node.text in ("overline", "accent", "prime")
@@ -318,8 +318,8 @@ def _same_collection(gold: Node, answer: Node) -> bool:
     if kinds == {"set", "tuple"}:
         return len(gold.args) == 0
     if kinds == {"list", "tuple"}:
-        brackets = (gold if gold.op == "tuple" else answer).text
-        return brackets in ("()", "[]") and _in_order(gold.args, answer.args)
+        written_as = (gold if gold.op == "tuple" else answer).text
+        return written_as in ("()", "[]") and _in_order(gold.args, answer.args)
     return _in_any_order(gold, answer)
 
 
@@ -348,7 +348,7 @@ def _in_any_order(gold: Node, answer: Node) -> bool:
     if all(gold_names) and all(names_) and all(distinct):
         if set(gold_names) != set(names_) or len(set(names_)) != len(names_):
             return _numbered(gold_names) and _numbered(names_) and _match(gold.args, answer.args)
-        by_name = {name: arg for name, arg in zip(names_, answer.args, strict=True)}
+        by_name = dict(zip(names_, answer.args, strict=True))
         return all(same(arg, by_name[name]) for name, arg in zip(gold_names, gold.args, strict=True))
     if (distinct[0] and all(gold_names) and not any(names_)) or (distinct[1] and all(names_) and not any(gold_names)):
         numbered = _numbered(gold_names if distinct[0] else names_)
@@ -386,7 +386,8 @@ def _same_matrix(gold: Node, answer: Node) -> bool:
     else:  # [[1, 2], [3, 4]]
         if other.op not in ("tuple", "list") or len(other.args) != len(matrix.args):
             return False
-        return all(two.op == "tuple" and _in_order(one.args, two.args) for one, two in zip(matrix.args, other.args, strict=True))
+        rows = zip(matrix.args, other.args, strict=True)
+        return all(two.op == "tuple" and _in_order(one.args, two.args) for one, two in rows)
     return other.op in ("tuple", "list") and other.text in ("()", "[]", "") and _in_order(entries, other.args)
 
 
@@ -483,6 +484,6 @@ def _same_inequality(gold: Node, answer: Node) -> bool:
         except Undefined:
             continue
         if left != 0 and is_real(left) and is_real(right):
-            turned = (left.real > 0) != (right.real > 0)
+            turned = bool((left.real > 0) != (right.real > 0))
             return (_ORDER[gold.text] == _ORDER[answer.text]) != turned
     return False

@@ -251,9 +251,10 @@ def _math(text: str) -> list[tuple[int, int, str]]:
                     if text[start:end].strip():
                         spans.append((at, end + len(closing), text[start:end].strip()[:MAX_ANSWER]))
                     at = end + len(closing)
-                elif limit < len(text) and not text[start:limit].strip() and (far := _closing(text, closing, limit, len(text))) >= 0:
-                    spans.append((at, far + len(closing), ""))
-                    at = far + len(closing)
+                elif limit < len(text) and not text[start:limit].strip() and closing in text[limit:]:
+                    far = _closing(text, closing, limit, len(text))
+                    spans.append((at, max(far, limit) + len(closing), ""))
+                    at = max(far, limit) + len(closing)
                 else:
                     at = start
                 break

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cmp_to_key
 from typing import Any
 
-import mpmath
+import mpmath  # type: ignore[import-untyped, unused-ignore]
 
 from agentloop.expressions.tree import Node, names
 from agentloop.expressions.value import Huge, NoNumber, Undefined, is_real, same_value, value
@@ -46,12 +46,16 @@ class Intervals:
             self.pieces.append(piece)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Intervals) and len(self.pieces) == len(other.pieces) and all(
-            one.low_in == two.low_in
-            and one.high_in == two.high_in
-            and same_value(one.low, two.low)
-            and same_value(one.high, two.high)
-            for one, two in zip(self.pieces, other.pieces, strict=True)
+        return (
+            isinstance(other, Intervals)
+            and len(self.pieces) == len(other.pieces)
+            and all(
+                one.low_in == two.low_in
+                and one.high_in == two.high_in
+                and same_value(one.low, two.low)
+                and same_value(one.high, two.high)
+                for one, two in zip(self.pieces, other.pieces, strict=True)
+            )
         )
 
     __hash__ = None  # type: ignore[assignment]

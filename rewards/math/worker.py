@@ -10,16 +10,17 @@ from agentloop.rewards.math.answers import Answer, read_answer
 from agentloop.rewards.math.compare import same_answer
 from agentloop.rewards.math.extract import Found, find_answer
 
-WARM_UP = {"gold": ["\\frac{1}{2}"], "text": "\\boxed{\\sqrt{2}+x}", "marked_only": False, "answer": None}
-
 sys.setrecursionlimit(10_000)  # of this process alone: the reader goes 60 brackets deep, about ten calls each
 
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:
-    """`gold`: the ground truths, any of which will do; `answer`: the submitted answer, or `None` to look for one in `text`."""
-    found = Found((payload["answer"],), "submitted") if payload["answer"] is not None else None
-    if found is None:
+    """`gold`: the ground truths, any of which will do; `submitted`: the submitted answers, or `None` to look for one in `text`."""
+    if payload["submitted"] is not None:
+        found = Found(tuple(dict.fromkeys(payload["submitted"])), "submitted")
+    else:
         found = find_answer(payload["text"], marked_only=payload["marked_only"])
+        if payload.get("cut_off") and found.how not in ("box", "tag"):
+            found = Found((), "truncated")
     result: dict[str, Any] = {"answer": ", ".join(found.parts)[:2000] if found.parts else None, "how": found.how}
     golds = [gold for gold in payload["gold"] if gold.strip()]
     if not golds:
