@@ -20,6 +20,7 @@ import ctypes
 import errno
 import fcntl
 import gc
+import io
 import json
 import linecache
 import os
@@ -156,6 +157,7 @@ def start_python(requests: int, answers: int) -> NoReturn:
         request = json.loads(read_exactly(requests, WORD.unpack(head)[0]).decode())
         number += 1
         set_stdin(request["stdin"].encode("utf-8", "surrogateescape"))
+        set_outputs()
         answer = evaluate(main, request["code"], "<run %d>" % number, request["value_bytes"])
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -195,6 +197,15 @@ def set_stdin(data: bytes) -> None:
     os.dup2(fd, 0)
     os.close(fd)
     sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+
+
+def set_outputs(new: bool = False) -> None:
+    """stdout and stderr on descriptors 1 and 2, whatever earlier code has put there; `new` ones, or where it closed them."""
+    streams = (sys.__stdout__, sys.__stderr__)
+    if new or not all(isinstance(stream, io.TextIOWrapper) and not stream.closed for stream in streams):
+        sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)  # type: ignore[misc]
+        sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)  # type: ignore[misc]
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 def evaluate(main: types.ModuleType, code: str, name: str, value_bytes: int) -> dict[str, Any]:
@@ -331,9 +342,7 @@ def become_child(out: int, err: int, ask: int, answer: int, open_files: int, she
     os.makedirs(WORK, exist_ok=True)
     os.chdir(WORK)
     if not shell:
-        sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
+        set_outputs(new=True)
         start_python(ask, answer)
     set_stdin(read_exactly(ask, WORD.unpack(read_exactly(ask, WORD.size))[0]))
     os.execv("/bin/" + shell, shell_command(shell, code))

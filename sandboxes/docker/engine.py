@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
+import json
 import os
 import ssl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,11 +22,14 @@ from docker.utils import kwargs_from_env  # type: ignore[import-untyped]
 from agentloop.sandboxes.base import Limits, SandboxError
 from agentloop.sandboxes.docker import owner, seccomp
 from agentloop.sandboxes.docker.config import DockerConfig
+from agentloop.sandboxes.node import run_folder
 
 T = TypeVar("T")
 DISK = "/tmp"
 """Where the container's only writable file system is; the working folder lies in it."""
 WORK = "/tmp/work"
+SHM_MB = 4
+"""Of `/dev/shm`, beside the disk: enough for the locks and queues of `multiprocessing`."""
 DRIVER_FILES = 32
 """Open files that the driver may have beyond what its children may."""
 _THREADS = 8
@@ -61,7 +68,7 @@ class Engine:
         except NotFound:
             raise
         except APIError as error:
-            raise SandboxError(f"docker: {error.explanation or error}") from error
+            raise SandboxError(f"docker: {str(error.explanation or error)[:300]}") from error
         except (DockerException, requests.RequestException) as error:
             raise SandboxError(self._unreachable(error)) from error
 
@@ -80,6 +87,7 @@ class Engine:
         config = self._config
         uid, _, gid = config.user.partition(":")
         options = f"rw,nosuid,nodev,size={limits.disk_mb}m,nr_inodes={limits.files},mode=0700,uid={uid},gid={gid}"
+        shm = f"rw,nosuid,nodev,noexec,size={SHM_MB}m,nr_inodes=256,mode=0700,uid={uid},gid={gid}"
         security = ["no-new-privileges"] + ([f"seccomp={seccomp.profile()}"] if config.seccomp == "agentloop" else [])
 
         files = limits.open_files + DRIVER_FILES
@@ -92,7 +100,7 @@ class Engine:
                 pids_limit=limits.processes + 1,  # the driver is one of them
                 nano_cpus=int(config.cpus * 1e9),
                 read_only=True,
-                tmpfs={DISK: options},
+                tmpfs={DISK: options, "/dev/shm": shm},
                 cap_drop=["ALL"],
                 security_opt=security,
                 ulimits=[
@@ -202,18 +210,38 @@ class Engine:
         return True
 
     def import_image(self, archive: IO[bytes], name: str, changes: list[str]) -> None:
-        repository, _, tag = name.rpartition(":")
-        self._call(lambda client: client.import_image_from_data(archive, repository=repository, tag=tag, changes=changes))
+        said = self._call(lambda client: client.import_image_from_data(archive, changes=changes))
+        last = json.loads(str(said).strip().splitlines()[-1])
+        if "status" not in last:
+            raise SandboxError(f"docker: the engine cannot import the image: {last.get('error', last)}")
+        self.name_image(last["status"], name)
 
     def name_image(self, image: str, name: str) -> None:
         repository, tag = name.rsplit(":", 1) if ":" in name.rpartition("/")[2] else (name, "latest")
-        self._call(lambda client: client.tag(image, repository, tag))
+        self._call(lambda client: client.tag(image, repository, tag, force=True))
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
             self._client = None
         self._threads.shutdown(wait=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _is_podman(client: docker.APIClient) -> bool:
+    parts = client.version().get("Components") or ()
+    return any("podman" in str(part.get("Name")).lower() for part in parts)
+
+
+def _profile_file() -> Path:
+    """Our profile as a file: Podman takes no text, and opens the file itself, so it has to be on this machine."""
+    text = seccomp.profile()
+    path = run_folder() / f"seccomp-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    if not path.exists():
+        half = path.with_suffix(f".{os.getpid()}")
+        half.write_text(text)
+        half.replace(path)
+    return path
 
 
 def _context(tls: Any) -> ssl.SSLContext:
