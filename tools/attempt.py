@@ -33,6 +33,8 @@ class Outcome:
     metrics: Mapping[str, Any] | None = None
     reported: bool = False
     """The tool answered, if only to say that the call was wrong: no retry and no `on_error`."""
+    late: bool = False
+    """It was the call's end that cut it off, not the tool's own timeout."""
 
     @property
     def answered(self) -> bool:
@@ -113,7 +115,8 @@ async def _stop(task: asyncio.Task[Any], slot: Slot, what: str) -> None:
 
 
 def too_late(name: str, limit: float) -> Outcome:
-    return Outcome(CallStatus.TIMEOUT, f"The tool '{name}' did not answer within {max(0.0, round(limit, 2)):g} s.")
+    text = f"The tool '{name}' did not answer within {max(0.0, round(limit, 2)):g} s."
+    return Outcome(CallStatus.TIMEOUT, text, late=True)
 
 
 def ran_too_long(name: str, timeout: float) -> Outcome:

@@ -102,7 +102,6 @@ class _Tally:
     """Those of `queue_s` that are the cluster's and the rate limit's."""
     refused: bool = False
     probed: bool = False
-    late: bool = False
 
     def metrics(self) -> dict[str, float]:
         """What the policies did, as the call's record shows it; only what is not 0."""
@@ -111,7 +110,6 @@ class _Tally:
             "backoff_s": self.backoff_s,
             "breaker_open": self.refused,
             "breaker_probe": self.probed,
-            "deadline": self.late,
             **{what: seconds for what, seconds in self.waits.items() if seconds >= _NO_WAIT_S},
         }
         return {name: float(value) for name, value in found.items() if value}
@@ -257,7 +255,6 @@ class RegistrySession(ToolSession):
             async with asyncio.timeout_at(end):
                 await lane.acquire()
         except TimeoutError:
-            tally.late = True
             outcome = too_late(entry.name, end - started)
             tally.queue_s = now() - started
         else:
@@ -273,7 +270,7 @@ class RegistrySession(ToolSession):
             outcome.status,
             outcome.text,
             reward=outcome.reward,
-            metrics=_numbers({**(outcome.metrics or {}), **tally.metrics()}),
+            metrics=_numbers({**(outcome.metrics or {}), **tally.metrics(), **({"deadline": 1} if outcome.late else {})}),
             attempts=tally.attempts,
             queue_s=tally.queue_s,
             run_s=tally.run_s,
@@ -283,16 +280,19 @@ class RegistrySession(ToolSession):
     async def _attempts(self, entry: Entry, call: ToolCall, end: float, limit: float, tally: _Tally) -> Outcome:
         policy = entry.policy
         now = asyncio.get_running_loop().time
+        failure: Outcome | None = None
         while True:
             if why := entry.breaker.refusal():
                 tally.refused = True
                 return refused(entry.name, why)
             outcome = await self._attempt(entry, call, end, limit, tally)
+            if outcome.late and failure is not None:
+                return failure  # a retry that was cut off says nothing new
             again = outcome.status is CallStatus.INFRA or (policy.on_error == "retry" and not outcome.answered)
-            again = again and not tally.refused and not tally.late and tally.attempts <= policy.extra_attempts
             backoff = _backoff(tally.attempts - 1)
-            if not again or now() + backoff >= end:
+            if not again or outcome.late or tally.refused or tally.attempts > policy.extra_attempts or now() + backoff >= end:
                 return outcome
+            failure = outcome
             await asyncio.sleep(backoff)
             tally.backoff_s += backoff
 
@@ -304,7 +304,6 @@ class RegistrySession(ToolSession):
             async with asyncio.timeout_at(end):
                 slot = await entry.gate.enter()
         except TimeoutError:
-            tally.late = True
             return too_late(entry.name, limit)
         except ToolInfraError as error:
             tally.attempts += 1
@@ -316,7 +315,6 @@ class RegistrySession(ToolSession):
             for what, seconds in slot.waits.items():
                 tally.waits[what] = tally.waits.get(what, 0.0) + seconds
             if now() >= end:
-                tally.late = True
                 return too_late(entry.name, limit)
             if why := entry.breaker.refusal():  # it may have opened while this call was waiting
                 tally.refused = True
@@ -334,7 +332,6 @@ class RegistrySession(ToolSession):
                 end=end,
                 limit=limit,
             )
-            tally.late = now() >= end
             tally.queue_s += slot.queued
             tally.run_s += slot.ran
             failed = outcome.status is CallStatus.INFRA
