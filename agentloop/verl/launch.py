@@ -175,7 +175,7 @@ def make_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
         command.append(f"hydra.run.dir={_hydra_value(str(run_dir / 'hydra'))}")
     steps = config["trainer"].get("total_training_steps")
-    return Plan(command, _environment(run, config), run_dir, int(steps) if steps else None)
+    return Plan(command, _environment(run, config, run_dir), run_dir, int(steps) if steps else None)
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def _check(config: Any, path: str, run: RunFile) -> None:
 # -- environment --------------------------------------------------------------------------------------------------------
 
 
-def _environment(run: RunFile, config: Any) -> dict[str, str]:
+def _environment(run: RunFile, config: Any, run_dir: Path) -> dict[str, str]:
     from omegaconf import OmegaConf
 
     import agentloop
@@ -399,6 +399,8 @@ def _environment(run: RunFile, config: Any) -> dict[str, str]:
             env["RAY_worker_niceness"] = "0"  # Ray takes 15, which yields to everything else on the machine
         if "OMP_NUM_THREADS" not in os.environ:
             env["OMP_NUM_THREADS"] = str(min(os.cpu_count() or 1, 8))
+    if "TENSORBOARD_DIR" not in os.environ:  # verl's name for it; else it writes where the command runs
+        env["TENSORBOARD_DIR"] = str((run_dir / "tensorboard").absolute())
     if os.path.isdir(str(config.actor_rollout_ref.model.path)) and "HF_HUB_OFFLINE" not in os.environ:
         env["HF_HUB_OFFLINE"] = "1"
     package = str(Path(agentloop.__file__).resolve().parents[1])

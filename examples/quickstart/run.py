@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -157,9 +156,8 @@ def train(command: Sequence[str], run_dir: Path, console: Console) -> Watch:
     console.print(f"Its output goes to {watch.log}. verl starts up first; that takes about a minute.")
     steps = Steps(run_dir, console)
     with watch.log.open("wb") as log:
-        env = os.environ | {"TENSORBOARD_DIR": str((run_dir / "tensorboard").absolute())}  # verl's name for it
         # In a session of its own, so that Ctrl-C reaches it once, from here.
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     memory = threading.Thread(target=watch.sample_memory, args=(process.pid,), daemon=True)
     memory.start()
     stopping = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup

@@ -192,8 +192,10 @@ def test_later_settings_win_and_every_preset_can_be_changed(folder: Path) -> Non
 
 def test_the_cpu_platform_sets_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "my.plugin")
+    monkeypatch.delenv("TENSORBOARD_DIR", raising=False)
     env = make_plan(write(folder)).env
     assert env["VERL_PLATFORM"] == "cpu"
+    assert env["TENSORBOARD_DIR"] == str(folder / "run" / "tensorboard")
     assert env["CUDA_VISIBLE_DEVICES"] == "-1"  # hidden from CUDA, and one for Ray to count
     assert env["VERL_USE_EXTERNAL_MODULES"] == "my.plugin,agentloop.verl.plugin"
     assert os.getcwd() in env["PYTHONPATH"].split(os.pathsep)
