@@ -24,6 +24,8 @@ from agentloop.rewards.math.intervals import NoSet, intervals
 
 MAX_ITEMS = 60
 """Items of a list or set that are matched in any order."""
+MAX_MATRICES = 6
+"""Of one expression that are added or multiplied; the entries of a product grow exponentially with their number."""
 _ORDER = {"<": 1, "<=": 1, ">": -1, ">=": -1}
 
 
@@ -393,7 +395,7 @@ def _same_matrix(gold: Node, answer: Node) -> bool:
 
 def of_matrices(node: Node) -> Node:
     """Sums, products and multiples of matrices as one matrix."""
-    if node.op not in ("add", "mul", "neg", "div", "unit") or not any(part.op == "matrix" for part in node.walk()):
+    if node.op not in ("add", "mul", "neg", "div") or not 0 < sum(part.op == "matrix" for part in node.walk()) <= MAX_MATRICES:
         return node
     args = [of_matrices(arg) for arg in node.args]
     if node.op == "neg" and args[0].op == "matrix":

@@ -14,7 +14,7 @@ sys.setrecursionlimit(10_000)  # of this process alone: the reader goes 60 brack
 
 
 def work(payload: dict[str, Any]) -> dict[str, Any]:
-    """`gold`: the ground truths, any of which will do; `submitted`: the submitted answers, or `None` to look for one in `text`."""
+    """`gold`: the ground truths, any of which will do; `submitted`: answers, or `None` to look for one in `text`."""
     if payload["submitted"] is not None:
         found = Found(tuple(dict.fromkeys(payload["submitted"])), "submitted")
     else:
