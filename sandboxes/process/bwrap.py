@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from agentloop.sandboxes.base import Layer
 from agentloop.sandboxes.process import cgroups
-from agentloop.sandboxes.process.jail.launcher import HOME
+from agentloop.sandboxes.process.jail.template import HOME
 from agentloop.sandboxes.process.jail.zygote import DEVICES, LINKS
 from agentloop.sandboxes.process.layers import FOLDER, STOPS, boot
 

@@ -391,3 +391,86 @@ async def test_a_module_that_cannot_be_preloaded_is_named():
         pytest.skip(missing("process"))
     with pytest.raises(SandboxError, match="no_such_module"):
         await load_sandbox({"kind": "process", "preload": ["no_such_module"], "scope": "process"}).start()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_place_used_again_knows_nothing_of_its_last_lease(kind: str):
+    if missing(kind):
+        pytest.skip(missing(kind))
+    look = r"""
+import re
+found = set()
+with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb', 0) as memory:
+    for line in maps:
+        words = line.split()
+        if words[1].startswith('rw'):
+            begin, end = (int(word, 16) for word in words[0].split('-'))
+            memory.seek(begin)
+            try: found |= set(re.findall(rb'LEAKE[D]-\d{6}', memory.read(end - begin)))
+            except OSError: pass
+found
+"""
+    settings = {**SETTINGS, "max_sessions": 1, "warm": 1, "scope": "process"}
+    async with load_sandbox({"kind": kind, **settings}) as sandbox:
+        marked = {f"LEAKED-{n:06}": f"print('LEAKED-{n:06}')\nprint(input())\n'LEAKED-{n:06}'" for n in range(3)}
+        for mark, code in marked.items():
+            assert (await sandbox.run(code, stdin=mark, files={"f": mark}, fetch=["f"])).ok
+        async with sandbox.session() as session:
+            await session.run("echo LEAKED-000009", language="sh", stdin="LEAKED-000010")
+            assert (await session.run(look)).value == "set()"
+
+
+TRICKS = [
+    """
+import os
+for f in ('oom_score_adj', 'oom_adj'):
+    try: open(f'/proc/self/{f}', 'w').write('0')
+    except OSError: pass
+x = [bytearray(1 << 20) for _ in range(1000)]
+""",
+    """
+import os
+for n in range(1, 65):
+    for pid in (1, -1, 0):
+        try: os.kill(pid, n)
+        except OSError: pass
+""",
+    """
+import os
+while True:
+    r, w = os.pipe()
+    os.set_blocking(w, False)
+    os.write(w, bytes(65536))
+    os.fork()
+""",
+    "import os\nos.chdir('/home/sandbox')\nos.system('rm -rf work tmp shm; chmod 0 . ; kill -9 -1')",
+    "import resource\nresource.setrlimit(resource.RLIMIT_DATA, (1, 1))\nx = bytearray(1 << 24)",
+    "raise SystemExit(10**30)",
+    "raise SystemExit('\\ud800')",
+    "class R:\n  def __repr__(self): raise KeyboardInterrupt\nR()",
+    "class R:\n  def __repr__(self): return '\\ud800' * 10\nR()",
+    "import sys\nsys.stdout.close(); sys.stderr.close(); sys.stdin.close()\n1 / 0",
+    "import builtins\nfor n in ('print', 'repr', 'compile', 'exec', 'open', 'len', 'isinstance'): delattr(builtins, n)\n1",
+    "\0",
+    "(" * 100_000,
+    "-" * 100_000 + "1",
+    "x = " + "[" * 50_000,
+]
+
+
+async def test_code_cannot_pass_its_doing_off_as_the_machinerys(sandbox: Sandbox):
+    async with sandbox.session() as session:
+        full = "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 100 & done; echo started"
+        await session.run(full, language="sh")
+        for language in ("sh", "python", "sh"):
+            assert (await session.run("1", language=language)).status is not Status.INFRA
+    limits = Limits(memory_mb=32, disk_mb=64, processes=8)
+    async with sandbox.session(limits) as session:
+        fill = "f = open('/tmp/x', 'wb')\nfor _ in range(60): f.write(bytes(1 << 20))"
+        statuses = [(await session.run(fill)).status]
+        statuses += [(await session.run("1", language=language)).status for language in ("python", "sh", "python")]
+        assert Status.INFRA not in statuses, statuses
+    for code in TRICKS:
+        result = await sandbox.run(code, timeout=4)
+        assert result.status is not Status.INFRA, (code[:80], result)
+    assert (await sandbox.run("6 * 7")).value == "42"

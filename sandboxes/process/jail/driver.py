@@ -28,7 +28,7 @@ from . import wire
 REPORT = struct.Struct("!BBiQI")
 """outcome, whether there is a value, exit code, length of the value, bytes of it that follow."""
 OK, RAISED, MEMORY, LEFT = range(4)
-OURS = ("jail", *(f"jail.{name}" for name in ("wire", "kernel", "files", "group", "driver", "launcher", "zygote")))
+OURS = ("jail", *(f"jail.{name}" for name in ("wire", "kernel", "files", "group", "driver", "template", "launcher", "zygote")))
 WARM_UP = (
     ("", "import math\nx = 6\nprint(x, [1], {'a': 2.5})\nx * 7"),
     ("", "def f():\n    return 1 / 0\nf()"),
@@ -211,6 +211,9 @@ def serve(channel: int) -> None:
         for head, (code, stdin) in unpacker.feed(data):
             if interpreter is None:
                 prepare(head)
+                if head["shell"]:
+                    set_stdin(stdin)
+                    os.execve(head["shell"], [head["shell"], "-c", code.decode("utf-8", "replace")], dict(os.environ))
                 interpreter = Interpreter()
             _run(interpreter, channel, head, code, stdin)
 

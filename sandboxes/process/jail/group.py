@@ -6,7 +6,9 @@ import contextlib
 import os
 from dataclasses import dataclass, field
 
-SLACK_MB = 8
+OWN = 2
+"""Processes of a place that run no code: the template and the launcher."""
+SLACK_MB = 16
 """Above `memory_mb`, for pages that an interpreter shares with the zygote until it writes to them."""
 
 
@@ -19,6 +21,8 @@ class Group:
     fds: dict[str, int] = field(default_factory=dict)
     base: int = 0
     """Bytes in use before any code ran; without a group: those of one process, shared or not."""
+    ended_us: int = 0
+    """CPU microseconds of processes that have ended, for where there is no group."""
     limited: tuple[int, int] | None = None
 
     def enter(self) -> None:
@@ -44,7 +48,7 @@ class Group:
                     self._write("swap", most)
             self._write("memory", most)
             self._write("swap", most if self.version == 1 else 0)
-            self._write("pids", processes + 1)
+            self._write("pids", processes + OWN)
             self.limited = (memory_mb, processes)
         with contextlib.suppress(OSError):  # v2 before Linux 6.12 keeps its peak
             self._write("peak", 0)
@@ -52,7 +56,8 @@ class Group:
     def cpu_s(self) -> float | None:
         """CPU seconds of all processes so far; from /proc where there is no group."""
         if self.version == 0:
-            return _proc_cpu_s()
+            running = _proc_cpu_s()
+            return None if running is None else running + self.ended_us / 1e6
         if self.version == 1:
             value = self._number("cpu")
             return None if value is None else value / 1e9
@@ -76,7 +81,7 @@ class Group:
         pages, found = 0, 0
         for name in os.listdir("/proc"):
             if name.isdigit() and name != "1":
-                with contextlib.suppress(OSError), open(f"/proc/{name}/statm") as f:
+                with contextlib.suppress(OSError, IndexError), open(f"/proc/{name}/statm") as f:
                     words = f.read().split()
                     pages += int(words[1]) - int(words[2])  # without what is shared: files, mostly
                     found += 1

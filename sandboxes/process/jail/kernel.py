@@ -31,10 +31,6 @@ def unshare(flags: int) -> None:
     check(libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
-def setns(fd: int, kind: int) -> None:
-    check(libc.setns(fd, ctypes.c_int(kind)), "setns")
-
-
 def mount(source: str, target: str, kind: str | None = None, flags: int = 0, options: str = "") -> None:
     words = (source.encode(), target.encode(), None if kind is None else kind.encode())
     check(libc.mount(*words, ctypes.c_ulong(flags), options.encode() or None), f"mount {target}")

@@ -1,8 +1,9 @@
 """One place: PID 1 of its own namespaces, which runs the code of one session or one run after another.
 
-It is the trusted side. It holds the pipes, the clock and the control group; the interpreter it forks has another uid, has its
-privileges and descriptors taken away, and can at most end itself. Everything that a lease started is gone before the place is
-given to the next: `kill(-1)` from PID 1 reaches every process of the namespace, and the folder in memory is unmounted.
+It is the trusted side. It holds the pipes, the clock and the control group; the interpreters, which its template forks, have
+another uid, have their privileges and descriptors taken away, and can at most end themselves. Whatever a lease started is
+gone before the place is given to the next: `kill(-1)` from PID 1 reaches every process of the namespace, and the folder in
+memory is unmounted.
 
 Requests on a session's socket are `wire` frames with `op`: run, put, get; `kill` at any time. The socket's end ends the lease.
 """
@@ -21,35 +22,17 @@ from typing import Any
 
 from . import driver, files, kernel, wire
 from .group import Group
+from .template import FENCED, HOME, MESSAGE, WORK, Plan
 
-HOME = "/home/sandbox"
-"""Where the folder in memory is mounted; `/tmp` and `/dev/shm` are links into it."""
-WORK = f"{HOME}/work"
-FENCED = b"+"
-"""What a child says once it has given everything up, before any code."""
-FENCE_S = 20.0
-INODES = 8
-"""Of the folder's own: itself, `work`, `tmp`, `shm`."""
-TICK_S = 0.05
 NO_RESULT: dict[str, Any] = {
     **{"status": "error", "error": "", "exit_code": None, "value": False, "files": [], "state_lost": False},
     **{"stdout_cut": 0, "stderr_cut": 0, "value_cut": 0, "run_s": 0.0, "cpu_s": None, "peak_mb": None},
 }
 SHELLS = {"sh": "/bin/sh", "bash": "/bin/bash"}
-
-
-@dataclass
-class Plan:
-    """How a place is held; from the pool, as JSON."""
-
-    uid: int | None
-    """Who the code is; `None`: whoever the launcher is, as there is no other in an unprivileged user namespace."""
-    landlock: bool
-    seccomp: bool
-    disk_mb: int
-    """The size and inodes that the folder has before a lease says otherwise."""
-    files: int
-    env: dict[str, str]
+FENCE_S = 20.0
+INODES = 8
+"""Of the folder's own: itself, `work`, `tmp`, `shm`."""
+TICK_S = 0.05
 
 
 class Kept:
@@ -85,20 +68,23 @@ class Kept:
 
 @dataclass
 class Child:
-    """A process that runs code, and the launcher's ends of its pipes."""
+    """A process that runs code, by the template's number, and the launcher's ends of its pipes."""
 
-    pid: int
+    number: int
     out: int
     err: int
-    channel: socket.socket | None
+    channel: socket.socket
     exited: int | None = None
     """Its exit code, once it was reaped; negative: the signal."""
 
     def close(self) -> None:
         os.close(self.out)
         os.close(self.err)
-        if self.channel is not None:
-            self.channel.close()
+        self.channel.close()
+
+
+class Full(Exception):
+    """No process can be started: the session has as many as it may."""
 
 
 class Broken(Exception):
@@ -112,8 +98,8 @@ class Gone(Exception):
 class Place:
     """What one launcher does."""
 
-    def __init__(self, plan: Plan, group: Group, control: socket.socket | None) -> None:
-        self.plan, self.group, self.control = plan, group, control
+    def __init__(self, plan: Plan, group: Group, control: socket.socket, template: socket.socket) -> None:
+        self.plan, self.group, self.control, self.template = plan, group, control, template
         self.interpreter: Child | None = None
         self.children: dict[int, Child] = {}
         self.id = 0
@@ -121,19 +107,15 @@ class Place:
         self.unpacker = wire.Unpacker()
         self.requests: list[tuple[dict[str, Any], list[bytes]]] = []
         self.limits: dict[str, Any] = {}
-        self.program = kernel.seccomp_program() if plan.seccomp else b""
-        self.ruleset = kernel.landlock_ruleset(os.path.dirname(HOME)) if plan.landlock else -1
         self.wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # PID 1 is out of its children's reach but for what it handles
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
     # --- the pool's side ---
 
     def prepare(self) -> None:
-        """A fresh folder, fresh shared memory and an interpreter that waits for code."""
-        kernel.unshare(kernel.CLONE_NEWIPC)
+        """A fresh folder and an interpreter that waits for code."""
         options = f"size={self.plan.disk_mb}m,nr_inodes={self.plan.files + INODES},mode=755"
         kernel.mount("tmpfs", HOME, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
         for name in ("work", "tmp", "shm"):
@@ -174,13 +156,15 @@ class Place:
         poll = select.poll()
         poll.register(self.session, select.POLLIN)
         poll.register(self.wake, select.POLLIN)
-        if self.control is not None:
-            poll.register(self.control, 0)  # only its end
+        poll.register(self.template, select.POLLIN)
+        poll.register(self.control, 0)  # only its end
         for fd, events in (extra or {}).items():
             poll.register(fd, events)
         ready = {fd for fd, _ in poll.poll(None if wait_s is None else max(0, int(wait_s * 1000) + 1))}
-        if self.control is not None and self.control.fileno() in ready:
+        if self.control.fileno() in ready:
             os._exit(0)
+        if self.template.fileno() in ready:
+            self._hear()
         if self.wake in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.wake, 4096)
@@ -223,101 +207,52 @@ class Place:
 
     # --- processes ---
 
-    def _fork(self, command: list[str] | None = None, limits: dict[str, Any] | None = None, stdin: bytes = b"") -> Child:
-        """An interpreter, or `command`. This process has one thread, or it would fork what another one holds locked."""
-        if len(os.listdir("/proc/self/task")) != 1:
-            print("a preloaded module has started threads; take it out of `preload`", flush=True)
-            os._exit(4)
-        out, out_end = os.pipe2(os.O_CLOEXEC)
-        err, err_end = os.pipe2(os.O_CLOEXEC)
-        channel, channel_end = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                self._become(out_end, err_end, channel_end)
-                if command is None:
-                    os.write(driver.CHANNEL_FD, FENCED)
-                    driver.serve(driver.CHANNEL_FD)
-                assert command is not None and limits is not None
-                driver.set_limits(limits, whole=True)
-                driver.set_stdin(stdin)
-                os.write(driver.CHANNEL_FD, FENCED)
-                os.execve(command[0], command, dict(os.environ))
-            except BaseException as error:
-                with contextlib.suppress(BaseException):
-                    os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            finally:
-                os._exit(127)
-        os.close(out_end)
-        os.close(err_end)
-        os.set_blocking(out, False)
-        os.set_blocking(err, False)
-        channel_end.close()
+    def _fork(self) -> Child:
+        """A new process that waits for its first job, fenced in. Raises `Full` and `Broken`."""
+        self.template.send(b"f")
+        heard = self._hear()
+        while heard is None:
+            heard = self._hear()
+        channel = heard.channel
         channel.settimeout(FENCE_S)
-        child = self.children[pid] = Child(pid, out, err, channel)
         try:
             fenced = channel.recv(1)
-        except TimeoutError:
+        except OSError:
             fenced = b""
         if fenced != FENCED:
-            why = Kept(err, 1000)
+            why = Kept(heard.err, 1000)
             why.read()
             raise Broken(f"a process could not be fenced in: {why.data.decode(errors='replace').strip() or 'it ended'}")
         channel.setblocking(False)
-        if command is not None:
-            channel.close()
-            child.channel = None
+        return heard
+
+    def _hear(self) -> Child | None:
+        """A message of the template: the child that it has forked, or nothing but an end that is noted."""
+        message, fds, _, _ = socket.recv_fds(self.template, MESSAGE.size, 3, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            os._exit(0)
+        kind, number, code, micros = MESSAGE.unpack(message)
+        if kind == b"X":
+            self.children.pop(number).exited = code
+            self.group.ended_us += micros
+            return None
+        if kind == b"E":
+            raise Full(os.strerror(number))
+        child = self.children[number] = Child(number, fds[0], fds[1], socket.socket(fileno=fds[2]))
         return child
 
-    def _become(self, out: int, err: int, channel: socket.socket) -> None:
-        """Give everything up, for good: in the new child, before it sees any code."""
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.setsid()
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
-            f.write("1000")
-        if self.plan.uid is not None:
-            os.setgroups([])
-            os.setresgid(self.plan.uid, self.plan.uid, self.plan.uid)
-            os.setresuid(self.plan.uid, self.plan.uid, self.plan.uid)
-        else:
-            kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # its own /proc is root's otherwise
-            kernel.own_user_namespace()
-        kernel.drop_capabilities()
-        os.chdir(WORK)
-        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-        if self.ruleset >= 0:
-            kernel.landlock_restrict(self.ruleset)
-        if self.program:
-            kernel.seccomp_restrict(self.program)
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # or it could not open its own /dev/stdin
-        os.environ.clear()
-        os.environ.update(self.plan.env)
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        os.dup2(channel.fileno(), driver.CHANNEL_FD, inheritable=False)
-        os.closerange(3, driver.CHANNEL_FD)
-        os.closerange(driver.CHANNEL_FD + 1, 1 << 20)
-
     def _reap(self, block: bool = False) -> None:
-        """Take the ends of children, and of orphans, which are PID 1's."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, 0 if block else os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            child = self.children.pop(pid, None)
-            if child is not None:
-                child.exited = os.waitstatus_to_exitcode(status)
+        """Take the ends of orphans, which are PID 1's."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, 0 if block else os.WNOHANG)[0]:
+                pass
 
     def _kill_all(self) -> None:
         """End every process of the place. A fork cannot slip through: the kernel refuses one to a process that is killed."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
+        while self.children:
+            self._hear()
         self._reap(block=True)
         if self.interpreter is not None:
             self.interpreter.close()
@@ -342,13 +277,19 @@ class Place:
             except OSError as error:
                 return {"error": f"{path} could not be written: {error.strerror}"}, [b""] * 3
         cpu, kills = self.group.cpu_s(), self.group.kills()
+        try:
+            child = self.interpreter if python and self.interpreter is not None else self._fork()
+        except Full as error:
+            return {"error": f"no process could be started: {error}"}, [b""] * 3
+        except Broken:
+            if self.group.kills() > kills:
+                return {"status": "oom", "error": "what the session left in memory leaves no room for a process"}, [b""] * 3
+            raise
         if python:
-            child = self.interpreter = self.interpreter or self._fork()
-            job = wire.pack({"once": once, "limits": limits, "value_bytes": limits["value_bytes"]}, [code, stdin])
-        else:
-            child = self._fork([SHELLS[head["language"]], "-c", code.decode("utf-8", "replace")], limits, stdin)
-            job = b""
-        run = Run(self, child, job, limits, began + head["timeout"], cpu)
+            self.interpreter = child
+        job = {"once": once or not python, "limits": limits, "value_bytes": limits["value_bytes"]}
+        job["shell"] = "" if python else SHELLS[head["language"]]
+        run = Run(self, child, wire.pack(job, [code, stdin]), limits, began + head["timeout"], cpu, shell=not python)
         end = run.go()
         oom = self.group.kills() > kills
         killed = end not in ("report", "exit")
@@ -360,7 +301,7 @@ class Place:
             child.close()
             self.interpreter = None
         if not python:
-            child.close()
+            child.close()  # it has ended
         answer = run.verdict(end, oom)
         answer |= {"state_lost": lost, "run_s": time.monotonic() - began, "peak_mb": self.group.peak_mb()}
         now = self.group.cpu_s()
@@ -385,18 +326,20 @@ class Place:
 class Run:
     """One run of a child, watched."""
 
-    def __init__(self, place: Place, child: Child, job: bytes, limits: dict[str, Any], until: float, cpu: float | None) -> None:
+    def __init__(
+        self, place: Place, child: Child, job: bytes, limits: dict[str, Any], until: float, cpu: float | None, *, shell: bool
+    ) -> None:
         self.place, self.child, self.limits, self.until, self.cpu = place, child, limits, until, cpu
+        self.shell, self.listening = shell, True
         self.job = memoryview(job)
         cap = limits["output_bytes"]
         self.out, self.err = Kept(child.out, cap), Kept(child.err, cap)
         self.report = bytearray()
         self.value: bytes | None = None
         self.outcome, self.left, self.length = driver.RAISED, 1, 0
-        if child.channel is not None:  # a report that nobody asked for
-            with contextlib.suppress(OSError):
-                while child.channel.recv(1 << 16):
-                    pass
+        with contextlib.suppress(OSError):  # reports that nobody asked for
+            while child.channel.recv(1 << 16):
+                pass
 
     def go(self) -> str:
         """Until it is over: `report` or `exit`, or what it is to be killed for: `timeout`, `cpu`, `memory`, `processes`,
@@ -422,9 +365,9 @@ class Run:
     def _step(self, until: float) -> str:
         channel = self.child.channel
         watched = {kept.fd: int(select.POLLIN) for kept in (self.out, self.err) if kept.open}
-        if channel is not None and self.child.exited is None:
+        if self.child.exited is None and self.listening:
             watched[channel.fileno()] = select.POLLIN | (select.POLLOUT if self.job else 0)
-        elif self.child.exited is not None:
+        if self.child.exited is not None:
             watched, until = {}, 0.0
         ready = self.place._listen(until - time.monotonic(), watched)
         for at, (request, _) in enumerate(self.place.requests):
@@ -433,7 +376,7 @@ class Run:
                 self._drain()
                 return "cancelled"
         over = ""
-        if channel is not None and channel.fileno() in ready:
+        if self.listening and channel.fileno() in ready:
             over = self._talk(channel)
         if self.child.exited is not None:
             over = over or "exit"
@@ -464,8 +407,9 @@ class Run:
             return ""
         except OSError:
             data = b""
-        if not data:  # it closed the channel: it is ending, or has made itself deaf
-            return self._ended()
+        if not data:  # it is a shell now, or it is ending, or it has made itself deaf
+            self.listening = False
+            return "" if self.shell else self._ended()
         self.report += data
         if len(self.report) < driver.REPORT.size:
             return ""
@@ -482,7 +426,6 @@ class Run:
         patience = time.monotonic() + 1.0
         while self.child.exited is None and time.monotonic() < min(patience, self.until):
             self.place._listen(TICK_S)
-            self.place._reap()
         return "exit" if self.child.exited is not None else "garbled"
 
     def verdict(self, end: str, oom: bool) -> dict[str, Any]:
@@ -516,15 +459,14 @@ class Run:
         return {"status": status, "error": error, "exit_code": code, "value_cut": value_cut}
 
 
-def main(plan: Plan, group: Group, control: socket.socket) -> None:
+def main(plan: Plan, group: Group, control: socket.socket, template: socket.socket) -> None:
     """Serve leases from the pool until it has gone. Messages from it are JSON lines with a session's socket."""
-    group.enter()
-    place = Place(plan, group, control)
+    place = Place(plan, group, control, template)
     first = True
     while True:
         try:
             place.prepare()
-        except Broken as error:
+        except (Broken, Full) as error:
             print(error, flush=True)
             os._exit(5)
         if first:

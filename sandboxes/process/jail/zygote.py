@@ -22,11 +22,12 @@ from typing import Any
 
 from . import driver, kernel, launcher
 from .group import Group
+from .template import HOME, Plan, Template
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
 LINKS = {
-    "/tmp": f"{launcher.HOME}/tmp",
-    "/dev/shm": f"{launcher.HOME}/shm",
+    "/tmp": f"{HOME}/tmp",
+    "/dev/shm": f"{HOME}/shm",
     "/dev/fd": "/proc/self/fd",
     "/dev/stdin": "/proc/self/fd/0",
     "/dev/stdout": "/proc/self/fd/1",
@@ -41,7 +42,7 @@ def make_root(new: str, readable: list[str], etc: dict[str, str]) -> None:
     bound: list[str] = []
     for path in readable:
         _bind_read_only(new, path, bound)
-    for name in ("/dev", "/proc", "/etc", launcher.HOME):
+    for name in ("/dev", "/proc", "/etc", HOME):
         os.makedirs(new + name, exist_ok=True)
     for name in DEVICES:
         with open(f"{new}/dev/{name}", "x"):
@@ -86,23 +87,40 @@ def preload(modules: list[str]) -> None:
     gc.disable()
 
 
-def become_place(plan: launcher.Plan, group: Group, control: socket.socket, zygote: int) -> None:
-    """In the new child: PID 1 of a namespace of its own. Never returns. `zygote` is the parent's pidfd."""
+def become_place(plan: Plan, group: Group, control: socket.socket, zygote: int, proc: int) -> None:
+    """In the new child: the template of a place, with the launcher as its first child. Never returns.
+
+    `zygote` is the parent's pidfd, `proc` the open /proc of our own PID namespace.
+    """
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if select.select([zygote], [], [], 0)[0]:
         os._exit(0)
+    threads = os.open(f"{os.getpid()}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
     at = 3
-    for fd in sorted({control.fileno(), *group.fds.values()}):
+    for fd in sorted({control.fileno(), threads, *group.fds.values()}):
         os.closerange(at, fd)
         at = fd + 1
     os.closerange(at, 1 << 20)
-    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS)
+    group.enter()
+    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWPID)
     kernel.sethostname(b"sandbox")
-    mount_proc()
     for capability in range(64):
         with contextlib.suppress(OSError):
             kernel.prctl(kernel.PR_CAPBSET_DROP, capability)
-    launcher.main(plan, group, control)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    me = os.pidfd_open(os.getpid())
+    if os.fork() == 0:
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if select.select([me], [], [], 0)[0]:
+            os._exit(0)
+        ours.close()
+        mount_proc()
+        launcher.main(plan, group, control, theirs)
+    theirs.close()
+    control.close()
+    for fd in (me, *group.fds.values()):
+        os.close(fd)
+    Template(plan, ours, threads).serve()
 
 
 def mount_proc() -> None:
@@ -117,7 +135,7 @@ def mount_proc() -> None:
 class Zygote:
     def __init__(self, pool: socket.socket) -> None:
         self.pool = pool
-        self.own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.threads = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.pidfd = os.pidfd_open(os.getpid())
         self.wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -130,22 +148,18 @@ class Zygote:
             raise RuntimeError("a preloaded module has started threads; take it out of `preload`")
         control = socket.socket(fileno=fds[0])
         group = Group(request["group"], dict(zip(request["files"], fds[1:], strict=True)))
-        kernel.unshare(kernel.CLONE_NEWPID)  # for the next child
-        try:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    signal.set_wakeup_fd(-1)
-                    become_place(launcher.Plan(**request["plan"]), group, control, self.pidfd)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(1)
-        finally:
-            kernel.setns(self.own_pid_namespace, kernel.CLONE_NEWPID)
-            control.close()
-            for fd in fds[1:]:
-                os.close(fd)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                become_place(Plan(**request["plan"]), group, control, self.pidfd, self.proc)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        control.close()
+        for fd in fds[1:]:
+            os.close(fd)
         return pid
 
     def serve(self) -> None:
