@@ -248,6 +248,8 @@ def _policy(data: Mapping[str, Any], known: Iterable[str]) -> tuple[ToolPolicy, 
                 problems.append(f"key '{key}' cannot be '{first['input']}'; {nearest(first['input'], options)}")
             elif first["type"] == "missing":
                 problems.append(f"key '{key}' is missing")
+            elif first["type"] == "model_type":
+                problems.append(f"key '{key}': expected a mapping, got {first['input']!r}")
             else:
                 message = first["msg"].removeprefix("Value error, ")
                 problems.append(f"key '{key}': {message[:1].lower()}{message[1:]}, got {first['input']!r}")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from agentloop.cli import build
 from agentloop.errors import ConfigError
-from agentloop.tools import RateLimit, ToolPolicy, ToolRegistry, tool
+from agentloop.tools import CircuitBreaker, RateLimit, ToolPolicy, ToolRegistry, tool
 from agentloop.tools.registry import read_tools
 from agentloop.trajectory import Sample, ToolCall
 from tests.tools.examples import Counter, repeat
@@ -106,6 +106,9 @@ def test_a_file_with_everything(folder: Path) -> None:
           - class_name: own_tools.Echo
             config: {type: native, prefix: "> "}
             max_concurrency: 4
+            cluster_concurrency: 8
+            deadline: 9
+            circuit_breaker: {failures: 2}
             rate_limit: {calls: 10, period: 2}
             retries: 3
             on_error: drop_sample
@@ -127,6 +130,7 @@ def test_a_file_with_everything(folder: Path) -> None:
     policies = {entry.name: entry.policy for entry in registry}
     assert policies["calculator"] == ToolPolicy(timeout=5, rate_limit=RateLimit(calls=600, period=60))
     assert policies["echo"].rate_limit == RateLimit(calls=10, period=2)
+    assert policies["echo"].circuit_breaker == CircuitBreaker(failures=2, open_s=30)
     assert (policies["echo"].on_error, policies["echo"].extra_attempts) == ("drop_sample", 3)
     assert answer(registry, "calculator", {"expression": "6*7"}) == "42"
     assert answer(registry, "echo", {"text": "hi"}) == "> hi"
@@ -151,6 +155,11 @@ WRONG = [
     ("- {class_name: calculator, on_error: observ}", "key 'on_error' cannot be 'observ'; did you mean 'observe'?"),
     ("- {class_name: calculator, rate_limit: often}", "key 'rate_limit': expected '10/1s'"),
     ("- {class_name: calculator, rate_limit: {cals: 3}}", "unknown key 'rate_limit.cals'; did you mean 'calls'?"),
+    ("- {class_name: calculator, deadlin: 3}", "unknown key 'deadlin'; did you mean 'deadline'?"),
+    ("- {class_name: calculator, cluster_rate_limit: often}", "key 'cluster_rate_limit': expected '10/1s'"),
+    ("- {class_name: calculator, circuit_breaker: {failurs: 3}}", "'circuit_breaker.failurs'; did you mean 'failures'?"),
+    ("- {class_name: calculator, circuit_breaker: 3}", "key 'circuit_breaker': expected a mapping, got 3"),
+    ("- {class_name: calculator, parallel: 3}", "key 'parallel': "),
     ("- {class_name: calculator, config: {type: mcp}}", "key 'config.type' cannot be 'mcp'; only 'native' is known"),
     ("- {class_name: calculator, config: {digits: 3}}", "unknown key 'config.digits'"),
     ("- {class_name: calculater}", "'calculater' has no module; did you mean 'calculator'?"),
