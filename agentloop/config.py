@@ -80,7 +80,8 @@ class LoopConfig(Strict):
     """Generations a trajectory may have."""
     final_turn_without_tools: bool = False
     """The last of the `max_turns` is for the answer alone: the tool answers before it end with `final_turn_note`, and calls
-    in it are not run. Off: calls of the last turn are run and answered, and the trajectory ends as `turn_limit`."""
+    in it are not run, but those of a tool that takes the answer (`submit`). Off: calls of the last turn are run and answered,
+    and the trajectory ends as `turn_limit`."""
     final_turn_note: str = "No further tool calls will be run. Give your final answer now."
     max_parallel_calls: int = Field(16, ge=1)
     """Calls of one turn that are run; the rest are answered «not run: limit»."""
