@@ -1,4 +1,4 @@
-# ruff: noqa: E501  lists of phrases, a language a line
+# ruff: noqa: E501, SIM905  lists of phrases and words, a language a line
 """Answers that no judge needs to see: they say nothing, or they talk to the judge.
 
 Language models as judges accept answers without content: white space, a colon, «Thought process:», «Let's solve this problem
@@ -43,7 +43,7 @@ _OPENINGS = [
     r"(?:so |okay |ok |alright |first |now )?(?:let(?:'|’)?s|let us|let me|we(?:'|’)ll|we will|we (?:can|need to|should|must|have to)|i(?:'|’)ll|i will|i (?:can|need to|should|must|have to)|to) "
     r"(?:now |first |carefully )?(?:solve|think|work|break|go|figure|tackle|approach|analy[sz]e|reason|find|answer|begin|start|look|consider|understand|address)"
     r"(?: (?:this|the|that|it|through|about|out|on|at|down|into|by|with|over|problem|question|task|equation|answer|solution|together|carefully|first|systematically|logically|in detail|given|following|smaller|parts|steps))*",
-    r"(?:here(?:'|’)?s|here is) (?:how|what|the|a|my) [\w' ]{0,40}", r"the (?:problem|question) (?:asks|is asking|wants|requires)(?: us| me)?(?: to)?",
+    r"let(?:'|’)?s see|here (?:we|it) go(?:es)?", r"(?:here(?:'|’)?s|here is) (?:how|what|the|a|my) [\w' ]{0,40}", r"the (?:problem|question) (?:asks|is asking|wants|requires)(?: us| me)?(?: to)?",
     r"(?:让|讓)我们?(?:来|先|一起)?(?:解决|思考|分析|看看|看|想想|想|解)?(?:一下)?(?:这个|这道|此|該|这)?(?:问题|题目|题|問題)?", r"我们?(?:需要|先|来|可以|将)(?:解决|思考|分析|求解)?(?:这个|这道)?(?:问题|题目|题)?",
     r"来?(?:解决|思考|分析|求解)(?:一下)?(?:这个|这道|此|该)?(?:问题|题目|题)", r"[でに]?(?:考え|解い|見)(?:て(?:いき|み))?ましょう",
     r"(?:この|本)?問題を(?:解(?:い|き|く)|考え)[ぁ-ん]*", r"(?:考え|解い|見)て(?:いき|み)ましょう", r"(?:이 )?문제를 (?:풀어|생각해|해결해)[ 가-힣]*", r"생각해[ 가-힣]*",
@@ -94,6 +94,38 @@ _YES_OR_NO = _YES | {
 }
 
 
+_FILLER = frozenset(
+    "a an the this that these those is are was be am it its i we you my our your me us let lets s ll ve re m to of for in on at by with as "
+    "and or so now then first here there follows following follow below given go going goes see look looking begin start started okay ok "
+    "sure well answer answers solution solutions response responses result explanation problem question task equation step steps need needs "
+    "will would can could should must have has do does think thinking thought reason reasoning solve solving solved find analyze analyse "
+    "consider understand understanding carefully together approach proceed work out through final both two equivalent same identical equal "
+    "reference expected above student candidate definitely absolutely totally completely indeed clearly certainly exactly fully also very "
+    "der die das den dem des ein eine dieses diese diesem lautet lösung antwort problem aufgabe frage schritt schritte ich wir uns lass lassen "
+    "lasst sie denke denken nach gehen vor um zu lösen beginnen beginne fangen an zunächst nun also für mit wie folgt hier ist "
+    "la le les l ce cette du de un une problème réponse solution est étape étapes nous je vais pour résoudre procédons commençons par analyser "
+    "voici réfléchissons on va d abord suivante comme suit "
+    "el los las este esta problema pregunta respuesta solución es paso pasos vamos resolver resolveremos procedamos comencemos aquí está para "
+    "pensar pensemos primero siguiente como sigue o os resposta solução é passo passos questão risposta soluzione è passi questo domanda "
+    "iniziamo ecco risolviamo per prima cosa "
+    "давайте подумаем хорошо решим решать решение ответ эту этот задачу задача вопрос шаг шагом за это вот сначала начнем начнём мы я "
+    "답 답은 답변은 먼저 이 문제를 문제는 단계별로 풀어보겠습니다 풀어봅시다 해결해 해결하겠습니다 보겠습니다 봅시다 다음과 같습니다 생각해".split()
+)
+"""Words of which an answer may not be made alone, two of them or more."""
+_FILLER_CJK = re.compile(
+    "我认为|我觉得|我们|让我|我|来|先|将|要|解决方案|解决|解答|解题|这道题|这道|这个|问题|题目|理解|分析|看看|想想|想|答案|好的|首先|如下|以下|下面|接下来|一下|的|是|为|题|解|吧|了|着|请|"
+    "まず|問題|理解|解い|解き|答え|以下|通り|次の|次|ように|考え|回答|説明|しましょう|みましょう|ましょう|ます|です|では|さて|それ|この|を|は|の|が|に|で|と|て"
+)
+_NUMBERED = re.compile(
+    r"\b(?:step|part|schritt|paso|étape|passo|шаг|krok|stap|adım|단계) ?(?:1|one)\b|第 ?[1一] ?(?:步|ステップ)|步骤 ?[1一]|100 ?% (?=correct|right|accurate|sure)"
+)
+_WORDS = frozenset("right true valid accurate perfect first now well then so and the".split())
+"""Openings and praise that are an answer where they stand alone."""
+_SOLVING = re.compile(
+    r"solv|think|problem|question|analy|reason|approach|lös|denk|aufgabe|gehen|résou|résol|raison|réfléch|procé|proce|resol|pens|pass|risol|ragion|реш|дума|풀|생각|해결|问题|思|解|考|問題|题"
+)
+
+
 def _any(patterns: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
@@ -104,6 +136,18 @@ _ORDER = re.compile(
     r"\b(?:output|respond|reply|say|print|return|write|mark|grade|rate|score|judge|evaluate|treat|accept|consider|count)\b"
     r".*(?:\b(?:as|with|only|exactly)\b|[\"'«“:]).{0,12}$|\banswer (?:only |exactly )?with .{0,12}$|\b(?:give|award|assign)\b.{0,30}$"
 )
+_TASK = re.compile(
+    rf"answer|solution|response|result|question|task|step|start|begin|follow|equivalent|reference|given|lösung|antwort|frage|schritt|réponse|étape|commenç|"
+    rf"respuesta|solución|paso|resposta|solução|questão|risposta|soluzione|passo|domanda|iniziamo|ответ|вопрос|шаг|задач|нач|문제|답|{_SOLVING.pattern}|\b{_RIGHT}\b"
+)
+"""Words about the task; short answers without any (`Let it be`) are left to the judge."""
+_DEMAND = re.compile(
+    r"\byou (?:must|should|have to|need to|are to|will)\b|\byour (?:final )?(?:verdict|judg\w*|reply|response|output|grade|decision|evaluation)\b"
+)
+_SCORE = re.compile(
+    r"[\"'{\s]*(?:score|rating|points|grade|marks?|evaluation|result)[\"']?\s*[:=]\s*\[*[\d.]+\]*(?:\s*(?:/|out of)\s*\d+)?[\s}.]*|\[\[\w{1,3}\]\]"
+)
+_STEP = _any(_STEPWISE)
 _EMPTY = _any([*_PRAISE, *_OPENINGS, *_STEPWISE, *_HEADINGS])
 _PRAISE_ONLY = _any(_PRAISE[:-1])
 MAX_CHARS = 400
@@ -122,27 +166,43 @@ def without_content(answer: str, *, question: str = "", reference: str = "") -> 
         return ""
     if not _has_content(text):
         return "empty"
-    if _commands(_visible(answer)):
+    if _commands(_visible(answer)) or (
+        _SCORE.fullmatch(text) and not re.search(r"scor|rat|point|grad|mark", _normal(question))
+    ):
         return "command"
     if text == _normal(question):
         return "question"
     if len(text) > MAX_CHARS:
         return ""
-    bare = text.strip(" .!。！,;:-*_#\"'`")
-    if bare in _YES and _normal(reference).strip(" .") not in _YES_OR_NO:
+    first = re.match(r"\w+", _normal(reference))
+    if text.strip(" .!。！,;:-*_#\"'`") in _YES and (first is None or first[0] not in _YES_OR_NO):
         return "yes"
     ends_early = re.search(r"[:：;,、，…]\s*$|(?:\.\.\.)\s*$", text)
     if ends_early and len(re.findall(r"\w+", text)) <= 12 and not re.search(r"\d", text):
         return "opening"
-    return "" if _has_content(_whole_words(text)) else "opening"
+    return "opening" if _is_opening(text) else ""
+
+
+def _is_opening(text: str) -> bool:
+    """Whether nothing but openings stands in `text`, which is short."""
+    if _STEP.search(text) and _SOLVING.search(text) and not re.search(r"\d", text) and len(text) <= 120:
+        return True
+    if text.strip(" .!") in _WORDS:
+        return False
+    text = _NUMBERED.sub(" ", text)
+    if not _has_content(_whole_words(text)):
+        return True
+    cjk = _FILLER_CJK.search(text) is not None and len(text) > 2
+    if not cjk and (len(re.findall(r"\w+", text)) < 2 or not _TASK.search(text)):
+        return False
+    left = _whole_words(_FILLER_CJK.sub(" ", text) if cjk else text)
+    return all(word in _FILLER for word in re.findall(r"[^\W_]+", left))
 
 
 def without_praise(answer: str) -> str:
     """`answer` without sentences in which it declares itself right, for the judge to read."""
-    kept = [
-        part for part in re.split(r"(?<=[.!?。！？\n])", answer) if not _PRAISE_ONLY.fullmatch(_normal(part).strip(" .!。！"))
-    ]
-    return "".join(kept).strip()
+    parts = re.split(r"(?<=[.!?。！？\n])", answer)
+    return "".join(part for part in parts if not _praises(part)).strip()
 
 
 def _praises(sentence: str) -> bool:
@@ -153,7 +213,11 @@ def _commands(text: str) -> bool:
     """Whether `text` tells the judge what to do. «mark … as … correct» is looked for from its end, which takes linear time."""
     if _COMMAND.search(text):
         return True
-    return any(_ORDER.search(text[max(found.start() - 70, 0) : found.start()]) for found in _PAID.finditer(text))
+    for found in _PAID.finditer(text):
+        before = text[max(found.start() - 70, 0) : found.start()]
+        if _ORDER.search(before) or _DEMAND.search(before):
+            return True
+    return False
 
 
 def _whole_words(text: str) -> str:
