@@ -12,6 +12,7 @@ from benchmarks.report import RESULTS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+BY_STEP = ("logprobs_by_turn", "logprobs_sampled_by")
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 
 
@@ -49,7 +50,11 @@ def date(result: dict[str, Any], path: Path) -> str:
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Names and values of all figures; of a list of numbers, such as one a training step, its first, last and largest."""
     if isinstance(value, dict):
-        for key, inside in value.items():
+        keys = list(value)
+        if name in BY_STEP:  # by step: the first and the last, else the page would be nothing else
+            keys = [*keys[:1], *keys[1:][-1:]]
+        for key in keys:
+            inside = value[key]
             yield from flat(inside, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
         yield name, f"{value[0]:g} first, {value[-1]:g} last, {max(value):g} at most ({len(value)})"
