@@ -135,6 +135,8 @@ _UNITS: dict[str, tuple[str, str, str]] = {  # words: (dimension, factor to the 
     "j joule joules": ("energy", "1", "J"),
     "w watt watts": ("power", "1", "W"),
     "v volt volts": ("voltage", "1", "V"),
+    "am": ("am", "1", "am"),
+    "pm": ("pm", "1", "pm"),
     "hz hertz": ("frequency", "1", "Hz"),
 }
 UNITS = {word: value for words, value in _UNITS.items() for word in words.split()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from agentloop.expressions.read import parse
 from agentloop.expressions.tokens import group
 from agentloop.expressions.tree import Unreadable
-from agentloop.expressions.words import UNITS
+from agentloop.expressions.words import FUNCTIONS, JOINING, PERCENT, UNITS
 
 MAX_TEXT = 200_000
 """Characters, from the end, in which an answer is looked for."""
@@ -38,6 +38,8 @@ _NUMBER = re.compile(
     r"(?<![\w.\\{^])[-−]?[$€£]?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))+|[0-9]+)(?:[.,/][0-9]+)?(?![0-9]|[.,][0-9])"
     r"(?:\s?(?:\\?%|percent\b|pct\b)|([A-Za-z]{1,10})(?![A-Za-z0-9_])|(?![A-Za-z_]))"
 )
+_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}")
+_KNOWN = {*UNITS, *PERCENT, *JOINING, *FUNCTIONS, "am", "pm", "text", "pi"}
 _MATH_ENDS = (("$$", "$$"), ("$", "$"), ("\\[", "\\]"), ("\\(", "\\)"))
 
 
@@ -191,10 +193,10 @@ def _reads(content: str) -> bool:
 
 def _unmarked(text: str) -> Found:
     stripped = text.strip()
-    if len(stripped) <= 120 and "\n" not in stripped and _NUMBER.search(stripped) is None and len(stripped.split()) <= 4:
-        return Found((stripped,), "unmarked") if stripped else Found((), "none")
-    if len(stripped) <= 60 and len(stripped.split()) <= 3:
-        return Found((stripped,), "unmarked")
+    if len(stripped) <= 120 and "\n" not in stripped and len(stripped.split()) <= 4:
+        words = _WORD.findall(stripped)
+        if not _NUMBER.search(stripped) or all(word.casefold() in _KNOWN for word in words):
+            return Found((stripped,), "unmarked") if stripped else Found((), "none")
     pieces = _spans(text)
     return Found((" , ".join(pieces),), "unmarked") if pieces else Found((), "none")
 

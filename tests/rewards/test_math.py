@@ -1,0 +1,375 @@
+"""Mathematical answers: what is found in a text, what counts as equal, and what no answer can do to a grader."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentloop.errors import ConfigError
+from agentloop.rewards import load_reward
+from agentloop.rewards.math import VERDICTS, Grader, GraderError, MathReward, compute_score
+from agentloop.rewards.math.compare import equal
+from agentloop.rewards.math.extract import find_answer
+from agentloop.rewards.math.worker import work
+from agentloop.sandboxes.base import SandboxError
+from agentloop.trajectory import CallRecord, CallStatus, EndReason, Sample, StopReason, ToolCall, Trajectory, Turn
+from tests.rewards.math_bombs import bombs
+
+PAIRS = Path(__file__).parents[3] / "shared" / "data" / "pairs"
+
+SAME = [
+    ("3/4", r"\frac{3}{4}"),
+    ("3/4", "0.75"),
+    ("3/4", "75\\%"),
+    ("12", "12.00"),
+    ("12", "12."),
+    ("2e4", "20000"),
+    ("2500", "2,500"),
+    ("2500", r"2{,}500"),
+    ("2500", "2 500"),
+    ("2.5", "2,5"),
+    ("7", "x = 7"),
+    ("7", r"7\text{ apples}"),
+    ("7", "$7"),
+    ("7", r"\text{the answer is } 7"),
+    (r"3\text{ m}", r"300\text{ cm}"),
+    (r"60^\circ", "60"),
+    (r"9\frac{3}{8}", "9 3/8"),
+    (r"\sqrt{12}", r"2\sqrt{3}"),
+    (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}"),
+    ("(x-3)(x+3)", "x^2-9"),
+    (r"\cos 2t", r"1-2\sin^2 t"),
+    (r"\log_3 81", "4"),
+    (r"\binom{6}{3}", "20"),
+    ("3+4i", "4i+3"),
+    (r"\{3,1,2\}", r"\{1,2,3\}"),
+    ("3, 4", "4 and 3"),
+    (r"\pm 6", "-6, 6"),
+    (r"(-1,4]", r"-1 < x \le 4"),
+    (r"x \ge 3", r"[3,\infty)"),
+    (r"(-\infty,1)\cup(1,\infty)", r"x \ne 1"),
+    (r"(-\infty,1)\cup(1,\infty)", r"\mathbb{R}\setminus\{1\}"),
+    (r"\emptyset", r"\{\}"),
+    (r"\begin{pmatrix}3\\4\end{pmatrix}", "(3,4)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 8/2 \end{bmatrix}"),
+    ("y=3x-2", "3x-y=2"),
+    ("g(x)=x^3", "x^3"),
+    ("4:6", r"\frac{2}{3}"),
+    ("211_3", "211_{3}"),
+    ("7:15 pm", "19:15"),
+    ("D", "(D)"),
+    ("D", "D. because"),
+    (r"\text{Monday}", "monday"),
+    ("0.577350269189626", r"\frac{1}{\sqrt{3}}"),
+    ("0.\\overline{3}", "1/3"),
+    ("x=1, y=2", "y=2, x=1"),
+    ("１２", "12"),
+    ("−4", "-4"),
+    ("5", "five"),
+]
+DIFFERENT = [
+    ("3/4", "0.7500001"),
+    ("1/2^99", "1/2^98"),
+    (r"\frac{1}{3^{80}}", r"\frac{1}{3^{81}}"),
+    (r"\frac{\pi}{4}", "0.785398"),
+    ("3.14", r"\pi"),
+    ("1000000007", "1000000008"),
+    (r"5\text{ cm}", r"5\text{ m}"),
+    ("6 pm", "6 am"),
+    ("6 pm", "6"),
+    ("101_2", "101"),
+    ("101_2", "101_3"),
+    ("(3,4)", "(4,3)"),
+    ("(3,4)", "[3,4]"),
+    ("(3,4]", "[3,4)"),
+    (r"\{1,2\}", r"\{1,2,3\}"),
+    ("x>2", r"x\ge 2"),
+    (r"\infty", r"-\infty"),
+    ("x", r"|x|"),
+    ("5", "5 or 6"),
+    ("5", "not 5"),
+    ("5", r"5 \text{ or maybe } 6"),
+    ("5", "1,2,3,4,5"),
+    ("5", r"5\neq 6"),
+    ("5", "about 5"),
+    ("5", "5 million"),
+    ("5", "-5"),
+    ("5", "--5"),
+    ("5", ""),
+    ("1/0", "1/0"),
+    ("3", "x=1, y=3"),
+    ("x=1, y=2", "x=2, y=1"),
+    ("x=5", "y=5"),
+    ("y=3x-2", "y=3x-3"),
+    ("B", "A"),
+    ("B", "A or B"),
+    ("B", "B and C"),
+    ("A", "А"),  # a Cyrillic letter
+    ("5", "٥"),
+    ("no", "yes"),
+    ("god", "dog dog"),
+    ("10^{400}", "10^{400}+1"),
+    (r"\sqrt{2}", "1.41421356"),
+    ("2n", "2k"),
+    ("i", "1"),
+    ("0", "10^{-80}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+    ("12:15", "4:05"),
+]
+ONE_WAY = {("6 pm", "6")}
+
+
+@pytest.mark.parametrize(("gold", "answer"), SAME)
+def test_the_same(gold: str, answer: str) -> None:
+    assert equal(gold, answer)
+    assert equal(answer, gold)
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different(gold: str, answer: str) -> None:
+    assert not equal(gold, answer)
+    assert equal(answer, gold) == ((gold, answer) in ONE_WAY)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (r"so \boxed{5}.", ("5",)),
+        (r"\boxed{4}, no wait. It is \boxed{5}.", ("5",)),
+        (r"\boxed{\frac{1}{2}}", (r"\frac{1}{2}",)),
+        (r"\boxed{4} or \boxed{5}", ("4", "5")),
+        (r"\boxed{4}. Or \boxed{5}", ("4", "5")),
+        (r"$\boxed{4}$ and $\boxed{5}$", ("4", "5")),
+        (r"\boxed{4} \boxed{5}", ("4", "5")),
+        (r"\boxed{5}\boxed{5}", ("5",)),
+        (r"\boxed{\boxed{5}}", ("5",)),
+        (r"\boxed{\{1,2\}}", (r"\{1,2\}",)),
+        (r"\boxed{20} percent", (r"20 \%",)),
+        ("<answer>5</answer>", ("5",)),
+        (r"<answer>so \boxed{5}</answer>", ("5",)),
+        ("work\n#### 42", ("42",)),
+        ("The answer is 42.", ("42",)),
+        ("**Final answer:** $x=4$. I hope it is correct.", ("$x=4$",)),
+        (r"\boxed{3}. No: the answer is 4.", ("4",)),
+        ("<think>\\boxed{3}</think> The answer is 4", ("4",)),
+        ("we get 1,250 km", (r"1,250",)),
+        ("so it is 7 or 8.", ("7 , 8",)),
+        ("A2B", ("A2B",)),
+        ("no idea at all, sorry about that", ()),
+        ("", ()),
+    ],
+)
+def test_what_is_found(text: str, parts: tuple[str, ...]) -> None:
+    assert find_answer(text).parts == parts
+
+
+@pytest.mark.parametrize("text", [r"\boxed{5} and then \boxed{6", "<answer>5", "<think> it is \\boxed{5}"])
+def test_what_is_cut_off_is_no_answer(text: str) -> None:
+    assert find_answer(text).how == "truncated"
+
+
+def graded(text: str, gold: str, **more: Any) -> str:
+    payload = {"gold": [gold], "text": text, "submitted": None, "marked_only": False, **more}
+    return str(work(payload)["verdict"])
+
+
+def test_verdicts() -> None:
+    assert graded(r"\boxed{5}", "5") == "correct"
+    assert graded(r"\boxed{6}", "5") == "wrong"
+    assert graded(r"\boxed{5} or \boxed{6}", "5") == "conflicting"
+    assert graded(r"\boxed{0.5} or \boxed{1/2}", "1/2") == "correct"
+    assert graded(r"\boxed{5} and \boxed{6}", "5, 6") == "correct"
+    assert graded(r"\boxed{5", "5") == "truncated"
+    assert graded("I do not know", "5") in ("wrong", "no_answer")
+    assert graded("it is 5", "5", marked_only=True) == "no_answer"
+    assert graded("it is 5", "5", cut_off=True) == "truncated"
+    assert graded(r"it is \boxed{5} and", "5", cut_off=True) == "correct"
+    assert graded(r"\boxed{)(}", "5") == "unreadable"
+    assert graded(r"\boxed{5}", " ") == "no_ground_truth"
+    assert graded("", "5", submitted=["5"]) == "correct"
+    assert graded("", "5", submitted=["5", "6"]) == "conflicting"
+    assert set(VERDICTS) >= {"timeout", "too_large"}
+
+
+def test_a_ground_truth_that_is_a_solution() -> None:
+    assert graded("it is 7", r"We add $3$ and $4$, so the sum is $\boxed{7}$.") == "correct"
+    assert graded("it is 4", r"We add $3$ and $4$, so the sum is $\boxed{7}$.") == "wrong"
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    path = PAIRS / f"{name}.json"
+    if not path.exists():
+        pytest.skip("the pair sets of ../shared/data/pairs are not here")
+    pairs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return pairs
+
+
+@pytest.mark.parametrize("name", ["own", "nemo_skills"])
+def test_fewer_wrong_verdicts_than_math_verify(name: str) -> None:
+    pairs = load(name)
+    ours = [p for p in pairs if (graded(p["pred"], p["gold"]) == "correct") != bool(p["exp"])]
+    bare = [p for p in pairs if equal(p["g"], p["p"]) != bool(p["exp"])]
+    math_verify = pytest.importorskip("math_verify")
+    theirs = [
+        p
+        for p in pairs
+        if bool(math_verify.verify(math_verify.parse(p["gold"]), math_verify.parse(p["pred"]))) != bool(p["exp"])
+    ]
+    assert len(ours) < len(theirs), ours
+    assert len(bare) < len(theirs), bare
+
+
+@pytest.mark.parametrize("name", ["own", "nemo_skills"])
+def test_the_sets_are_judged_alike_from_both_sides(name: str) -> None:
+    for pair in load(name):
+        gold, answer = pair["g"], pair["p"]
+        if gold.strip() and answer.strip():
+            assert equal(gold, answer) == equal(answer, gold), pair
+
+
+# -- in processes that can be killed ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def grader() -> AsyncIterator[Grader]:
+    grader = Grader(2, 2.0, 512, "process")
+    yield grader
+    await grader.close()
+
+
+async def test_grading_in_the_pool(grader: Grader) -> None:
+    rewards = await asyncio.gather(*(grader.grade(f"\\boxed{{{n}}}", n % 7) for n in range(70)))
+    assert [reward.value for reward in rewards] == [float(n < 7) for n in range(70)]
+    assert rewards[3].components == {"correct": 1.0}
+    assert rewards[3].info == {"verdict": "correct", "answer": "3", "how": "box"}
+    assert (await grader.grade("5", ["4", 5])).value == 1.0
+    assert (await grader.grade("0.5", 0.5)).value == 1.0
+    for wrong in (None, True, {}, []):
+        with pytest.raises(ValueError, match="ground truth"):
+            await grader.grade("5", wrong)
+
+
+async def test_no_bomb_holds_a_grader_or_the_event_loop(grader: Grader) -> None:
+    """The loop's longest pause is counted in its own CPU time, which other processes do not change."""
+    texts = bombs()
+    assert len(texts) >= 200
+    await grader.grade("5", "5")
+    worst_cpu = 0.0
+
+    async def watch() -> None:
+        nonlocal worst_cpu
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0.001)
+            worst_cpu = max(worst_cpu, time.thread_time() - before)
+
+    async def one(text: str) -> float:
+        reward = await grader.grade(text, "123456")
+        assert reward.info["verdict"] in VERDICTS
+        return reward.value
+
+    watching = asyncio.create_task(watch())
+    values: list[float] = []
+    for start in range(0, len(texts), 8):
+        values += await asyncio.gather(*(one(text) for text in texts[start : start + 8]))
+    watching.cancel()
+    assert not any(values)
+    assert worst_cpu < 0.020
+    assert (await grader.grade("5", "5")).value == 1.0
+
+
+WRITES = [
+    "open({path!r}, 'w').write('x')",
+    "__import__('os').system('touch {path}')",
+    "__import__('subprocess').run(['touch', '{path}'])",
+    "__import__('pathlib').Path('{path}').touch()",
+    "exec(\"open('{path}','w')\")",
+    "eval(\"open('{path}','w')\")",
+    "().__class__.__base__.__subclasses__()[0]; open('{path}','w')",
+    "(lambda: open('{path}','w'))()",
+    "[open('{path}','w') for _ in (1,)]",
+    "Symbol('x', open('{path}','w'))",
+    "sympify(\"open('{path}','w')\")",
+    "parse_expr(\"open('{path}','w')\")",
+    "1 if open('{path}','w') else 2",
+    'f\'{{open("{path}","w")}}\'',
+    "print(1, file=open('{path}','w'))",
+    '\\input|"touch {path}"',
+    "\\write18{{touch {path}}}",
+    "\\immediate\\write18{{touch {path}}}",
+    "\\openout5={path}",
+    "`touch {path}`",
+    "$(touch {path})",
+    "; touch {path}",
+    "import os; os.system('touch {path}')",
+    'S(\'open("{path}","w")\')',
+    "lambdify((), \"open('{path}','w')\")()",
+]
+FRAMES = ["\\boxed{{{0}}}", "<answer>{0}</answer>", "The answer is {0}"]
+
+
+async def test_no_text_is_evaluated(grader: Grader, tmp_path: Path) -> None:
+    path = tmp_path / "written"
+    answers = [write.format(path=str(path)) for write in WRITES]
+    texts = [frame.format(answer) for answer in answers for frame in FRAMES]
+    assert len(texts) >= 50
+    rewards = await asyncio.gather(*(grader.grade(text, "123456") for text in texts))
+    submitted = await asyncio.gather(*(grader.grade("", "123456", submitted=[answer]) for answer in answers))
+    golds = await asyncio.gather(*(grader.grade("123456", answer) for answer in answers))
+    assert not any(reward.value for reward in (*rewards, *submitted, *golds))
+    assert not path.exists()
+
+
+async def test_a_ground_truth_that_no_grader_can_do_is_not_the_answers_fault() -> None:
+    grader = Grader(1, 0.02, 512, "process")
+    try:
+        heavy = ",".join(f"\\sqrt{{{n}}}" for n in range(2, 300))
+        with pytest.raises(GraderError):
+            await grader.grade(",".join(reversed(heavy.split(","))), heavy)
+    finally:
+        await grader.close()
+
+
+async def test_a_dead_service_is_no_reward(grader: Grader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    monkeypatch.setenv("AGENTLOOP_RUN_DIR", str(tmp_path / "open"))
+    with pytest.raises(SandboxError):
+        await Grader(1, 1.5, 512, "process").grade("5", "5")
+
+
+def trajectory(*answers: str, end: EndReason = EndReason.FINAL_ANSWER) -> Trajectory:
+    found = Trajectory(Sample(messages=[]))
+    found.append_prompt([1])
+    turn = Turn(0, 1, 2, StopReason.STOP)
+    turn.calls = [CallRecord(ToolCall("submit", {"answer": answer}), CallStatus.OK, answer) for answer in answers]
+    found.append_sampled([2], None, turn)
+    found.end_reason = end
+    return found
+
+
+async def test_as_the_reward_of_a_run() -> None:
+    reward = load_reward("agentloop.rewards.math:MathReward", {"workers": 1, "scope": "process"})
+    row = Sample(messages=[], ground_truth="5")
+    assert (await reward(trajectory(), row, r"\boxed{5}")).value == 1.0
+    assert (await reward(trajectory("5"), row, "whatever 7")).value == 1.0
+    assert (await reward(trajectory("5", "6"), row, "6")).info["verdict"] == "conflicting"
+    cut = await reward(trajectory(end=EndReason.TOKEN_LIMIT), row, "the answer is 5")
+    assert (cut.value, cut.info["verdict"]) == (0.0, "truncated")
+    with pytest.raises(ConfigError, match="limit_s"):
+        MathReward(limit_s=0)
+    with pytest.raises(ConfigError, match="workers"):
+        load_reward("agentloop.rewards.math:MathReward", {"worker": 1})
+
+
+async def test_as_verls_function() -> None:
+    """Called from a thread of verl's reward loop, and from a program without an event loop."""
+    score = await asyncio.to_thread(compute_score, "math", r"\boxed{\frac{1}{2}}", "0.5", {})
+    assert score == {"score": 1.0, "correct": 1.0, "verdict": "correct", "answer": r"\frac{1}{2}"}
+    loaded = load_reward("agentloop.rewards.math:compute_score", {"marked_only": True})
+    assert (await loaded(trajectory(), Sample(messages=[], ground_truth="5"), "it is 5")).value == 0.0
