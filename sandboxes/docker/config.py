@@ -56,7 +56,7 @@ class DockerConfig(Strict):
     user: str = Field("65534:65534", pattern=r"^[1-9]\d*:[1-9]\d*$")
     """Numeric user and group in the container, neither of them root."""
     seccomp: Literal["agentloop", "engine"] = "agentloop"
-    """Whose list of system calls: ours, which is stricter, or the engine's (for Podman, which takes none over its socket)."""
+    """Whose list of system calls: ours, which is stricter, or the engine's."""
     runtime: str | None = None
     """The engine's runtime, such as `runsc` (gVisor), if not its default."""
     require: tuple[str, ...] = LAYERS

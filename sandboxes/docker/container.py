@@ -37,8 +37,12 @@ class Container:
             async with asyncio.timeout(config.start_timeout_s):
                 command = [config.python, "-I", "-X", "utf8", "-c", DRIVER.read_text(encoding="utf-8")]
                 name = await _to_the_end(engine, engine.create(limits, command))
-                channel = Channel(*await engine.attach(name))
-                await engine.start(name)
+                if await engine.is_podman():  # it attaches to nothing that does not run
+                    await engine.start(name)
+                    channel = Channel(*await engine.attach(name))
+                else:
+                    channel = Channel(*await engine.attach(name))
+                    await engine.start(name)
                 inside, _ = await channel.ask("hello", preload=list(config.preload), open_files=limits.open_files)
                 if "error" in inside:
                     raise SandboxError(f"docker: the driver in image '{config.image}' cannot start: {inside['error']}")

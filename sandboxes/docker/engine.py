@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import json
 import os
@@ -53,6 +52,7 @@ class Engine:
         self._tls = given.get("tls")
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="docker")
         self._client: docker.APIClient | None = None
+        self._podman: bool | None = None
 
     async def call(self, function: Callable[[docker.APIClient], T]) -> T:
         """`function` with the SDK's client, in a thread."""
@@ -86,10 +86,16 @@ class Engine:
         """A container that is not started yet; its id."""
         config = self._config
         uid, _, gid = config.user.partition(":")
-        options = f"rw,nosuid,nodev,size={limits.disk_mb}m,nr_inodes={limits.files},mode=0700,uid={uid},gid={gid}"
-        shm = f"rw,nosuid,nodev,noexec,size={SHM_MB}m,nr_inodes=256,mode=0700,uid={uid},gid={gid}"
-        security = ["no-new-privileges"] + ([f"seccomp={seccomp.profile()}"] if config.seccomp == "agentloop" else [])
+        podman = await self.is_podman()
 
+        def memory_disk(size_mb: int, inodes: int) -> str:
+            # Podman knows neither an owner nor a number of inodes; the layer 'inodes' is missing there.
+            rest = "mode=1777" if podman else f"nr_inodes={inodes},mode=0700,uid={uid},gid={gid}"
+            return f"rw,nosuid,nodev,noexec,size={size_mb}m,{rest}"
+
+        security = ["no-new-privileges"]
+        if config.seccomp == "agentloop":
+            security.append(f"seccomp={_profile_file() if podman else seccomp.profile()}")
         files = limits.open_files + DRIVER_FILES
 
         def make(client: docker.APIClient) -> str:
@@ -100,7 +106,7 @@ class Engine:
                 pids_limit=limits.processes + 1,  # the driver is one of them
                 nano_cpus=int(config.cpus * 1e9),
                 read_only=True,
-                tmpfs={DISK: options, "/dev/shm": shm},
+                tmpfs={DISK: memory_disk(limits.disk_mb, limits.files), "/dev/shm": memory_disk(SHM_MB, 256)},
                 cap_drop=["ALL"],
                 security_opt=security,
                 ulimits=[
@@ -134,6 +140,13 @@ class Engine:
             return await self.call(make)
         except NotFound as error:
             raise SandboxError(f"docker: {error.explanation or error}") from error
+
+    async def is_podman(self) -> bool:
+        """Whether it is Podman, which takes the same calls with some differences."""
+        if self._podman is None:
+            said = await self.call(lambda client: client.version())
+            self._podman = "podman" in str(said.get("Components")).lower()
+        return self._podman
 
     async def start(self, container: str) -> None:
         await self.call(lambda client: client.start(container))
@@ -225,12 +238,6 @@ class Engine:
             self._client.close()
             self._client = None
         self._threads.shutdown(wait=False)
-
-
-@functools.lru_cache(maxsize=8)
-def _is_podman(client: docker.APIClient) -> bool:
-    parts = client.version().get("Components") or ()
-    return any("podman" in str(part.get("Name")).lower() for part in parts)
 
 
 def _profile_file() -> Path:
