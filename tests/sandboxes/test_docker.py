@@ -297,6 +297,7 @@ async def test_as_many_containers_as_configured_and_none_afterwards(docker_host:
     assert await ours(engine) == set()
 
 
+@pytest.mark.slow
 async def test_places_of_the_node_are_shared_by_processes_and_freed_by_a_kill(
     docker_host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +325,7 @@ async def test_places_of_the_node_are_shared_by_processes_and_freed_by_a_kill(
         await other.wait()
 
 
+@pytest.mark.slow
 async def test_leftovers_of_a_killed_process_end_and_are_removed_and_those_of_a_living_one_stay(
     docker_host: str, engine: Engine
 ) -> None:
@@ -414,6 +416,7 @@ def test_check_on_the_command_line_lists_the_layers(docker_host: str) -> None:
     assert len(failed.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_run_on_the_command_line(docker_host: str, tmp_path: Path) -> None:
     environment = {**os.environ, "DOCKER_HOST": docker_host}
     (tmp_path / "code.py").write_text("print('out')\n6 * 7")

@@ -92,6 +92,7 @@ async def test_a_cancelled_wait_for_a_place_takes_none(tmp_path: Path) -> None:
     places.give_back(await asyncio.wait_for(places.take(), 5))
 
 
+@pytest.mark.slow
 def test_an_image_is_the_same_bytes_twice_and_holds_what_python_needs() -> None:
     packages = image.distributions(["sympy"])
     assert [package.metadata["Name"] for package in packages] == ["mpmath", "sympy"]

@@ -54,6 +54,7 @@ async def test_runs_and_sessions_over_the_network_are_as_exact_as_here(tmp_path:
         assert "this service gives at most 512" in too_much.error
 
 
+@pytest.mark.slow
 async def test_a_service_killed_mid_run_is_infra_for_that_run_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
@@ -98,6 +99,7 @@ async def test_a_cancelled_run_ends_at_the_service(tmp_path: Path) -> None:
         assert (await asyncio.wait_for(sandbox.run("1"), 5)).value == "1"
 
 
+@pytest.mark.slow
 async def test_a_token_is_sent(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("s3cret")
     async with serving(tmp_path, "--token-file", str(tmp_path / "token")) as server:

@@ -113,6 +113,7 @@ async def test_the_token_is_wanted_everywhere_but_for_health(tmp_path: Path, htt
             assert response.status == 200
 
 
+@pytest.mark.slow
 async def test_sessions_that_nobody_uses_are_closed(tmp_path: Path, http: aiohttp.ClientSession) -> None:
     async with serving(tmp_path, "--session-idle-s", "1", "--max-sessions", "1") as server:
         async with http.post(f"{server.url}/sessions", json={}) as response:
