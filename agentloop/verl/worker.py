@@ -195,6 +195,8 @@ class RolloutWorker:
 
     async def close(self) -> None:
         await self.rollout.cancel()
+        if self.loop.tools is not None:
+            await self.loop.tools.close()
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
 
