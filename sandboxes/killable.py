@@ -13,7 +13,7 @@ a bomb costs its caller alone.
   called it with `warm_up`. A worker is ready in a few milliseconds and shares the template's memory.
 - Everything dies with its parent (PR_SET_PDEATHSIG): workers with the template, the template with the service.
 - `limit_s` covers the call's own run, not the wait for a worker. Where an overloaded machine gave the worker less than half of
-  it in CPU, it is waited for again, three times at most. The caller's deadline (`asyncio.timeout`) covers everything, and a
+  it in CPU, it is waited for again, nine times at most. The caller's deadline (`asyncio.timeout`) covers everything, and a
   cancelled call is killed. At most 256 calls of one connection wait in the service, the others with their callers.
 - Payload and value are JSON.
 """
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 SPARES = 1
 """Workers beyond those that may be busy, so that a killed one is replaced at once."""
-PATIENCE = 4
+PATIENCE = 10
 """Times its limit that a call may last while it has had less than half of one in CPU: on a machine that is overloaded."""
 TEMPLATE_S = 60.0
 """Seconds that the template may take to import and warm up."""

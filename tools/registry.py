@@ -38,6 +38,7 @@ SHIPPED = {
     "search": "agentloop.tools.search.Search",
     "shell": "agentloop.tools.shell.Shell",
     "submit": "agentloop.tools.submit.Submit",
+    "sympy_math": "agentloop.tools.sympy_math.SympyMath",
 }
 """Short class names for the tools that come with agentloop."""
 
