@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.report import RESULTS
 
-CPU = ("loop_overhead", "batch_assembly", "local_engine")
+CPU = ("loop_overhead", "batch_assembly", "local_engine", "sandboxes")
 
 
 def main() -> int:
