@@ -109,7 +109,7 @@ class CodeReward:
                 outcomes.append(_Outcome("total_timeout", f"all tests took longer than {self.settings.total_timeout_s:g} s"))
                 break
             batch = tests[len(outcomes) : len(outcomes) + self.settings.parallel]
-            done = await asyncio.gather(*(self._run(source, test, limits, min(left, limits.timeout_s)) for test in batch))
+            done = await self._batch(source, batch, limits, min(left, limits.timeout_s))
             outcomes += [outcome for outcome, _ in done]
             spent += sum(seconds for _, seconds in done)
             if self.settings.score == "all" and not all(outcome.passed for outcome, _ in done):
@@ -144,6 +144,18 @@ class CodeReward:
             processes=self.settings.processes,
             output_bytes=max(self.settings.output_bytes, 2 * longest + 1024),
         )
+
+    async def _batch(self, source: str, tests: list[CodeTest], limits: Limits, timeout: float) -> list[tuple[_Outcome, float]]:
+        """All of `tests` at the same time. If the sandbox fails for one, the others are ended."""
+        failure: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._run(source, test, limits, timeout)) for test in tests]
+        except* SandboxError as failed:
+            failure = failed.exceptions[0]
+        if failure is not None:
+            raise failure
+        return [task.result() for task in tasks]
 
     async def _run(self, source: str, test: CodeTest, limits: Limits, timeout: float) -> tuple[_Outcome, float]:
         """How one test ended, and the seconds that it ran."""

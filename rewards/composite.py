@@ -78,12 +78,14 @@ class CompositeReward:
             except Exception as error:
                 raise PartFailed(f"part '{name}' failed: {type(error).__name__}: {error}") from error
 
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {name: group.create_task(run(name)) for name in self._rewards}
         except* PartFailed as failed:
-            first = failed.exceptions[0]
-            raise first from first.__cause__
+            failure = failed.exceptions[0]
+        if failure is not None:
+            raise failure from failure.__cause__
         return self._combine({name: task.result() for name, task in tasks.items()})
 
     def _combine(self, results: Mapping[str, Reward]) -> Reward:
