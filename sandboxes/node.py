@@ -101,6 +101,11 @@ class Service(ABC):
     async def call(self, client: Client, method: str, params: dict[str, Any]) -> Any:
         """Answer one call: JSON or a `Reply`. Cancelled if the caller is cancelled or gone."""
 
+    async def call_with_fds(self, client: Client, method: str, params: dict[str, Any], fds: list[int]) -> Any:
+        """As `call`, with the file descriptors that came along, which are this method's to close."""
+        _close_all(fds)
+        return await self.call(client, method, params)
+
     async def disconnected(self, client: Client) -> None:  # noqa: B027
         """Free what `client` held. Its calls have been cancelled and have ended."""
 
@@ -284,11 +289,13 @@ class Node:
         _close_all(fds)
         return result
 
-    async def call_with_fds(self, method: str, params: Mapping[str, Any] | None = None) -> tuple[Any, list[int]]:
-        """As `call`, with the file descriptors of the answer, which are the caller's to close."""
+    async def call_with_fds(
+        self, method: str, params: Mapping[str, Any] | None = None, fds: tuple[int, ...] = ()
+    ) -> tuple[Any, list[int]]:
+        """As `call`, with the file descriptors of the answer, which are the caller's to close. `fds` are handed over."""
         if not method:
             raise ValueError("a call needs a method")
-        return await self._request(method, params or {})
+        return await self._request(method, params or {}, fds)
 
     async def close(self) -> None:
         """End the connection; the service frees what it held for it."""
@@ -296,16 +303,23 @@ class Node:
         if self._channel is not None:
             self._channel.close()
 
-    async def _request(self, method: str, params: Mapping[str, Any]) -> tuple[Any, list[int]]:
-        return await self._request_on(await self._connected(), method, params)
+    async def _request(self, method: str, params: Mapping[str, Any], fds: tuple[int, ...]) -> tuple[Any, list[int]]:
+        try:
+            channel = await self._connected()
+        except BaseException:
+            _close_all(fds)
+            raise
+        return await self._request_on(channel, method, params, fds)
 
-    async def _request_on(self, channel: Channel, method: str, params: Mapping[str, Any]) -> tuple[Any, list[int]]:
+    async def _request_on(
+        self, channel: Channel, method: str, params: Mapping[str, Any], fds: tuple[int, ...] = ()
+    ) -> tuple[Any, list[int]]:
         self._last += 1
         number = self._last
         future: asyncio.Future[tuple[Any, list[int]]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
-            channel.send({"id": number, "method": method, "params": params})
+            channel.send({"id": number, "method": method, "params": params}, fds)
             if channel.unsent > HIGH_WATER:
                 await channel.drained()
             return await future
@@ -518,23 +532,25 @@ class Daemon:
             served.channel = Channel(sock, lambda frame, fds: self._on_frame(served, frame, fds), lambda: self._on_end(served))
 
     def _on_frame(self, served: _Served, frame: dict[str, Any], fds: list[int]) -> None:
-        _close_all(fds)
         number = int(frame["id"]) if "id" in frame else 0
         if "cancel" in frame:
+            _close_all(fds)
             if number in served.tasks:
                 served.tasks[number].cancel()
             return
-        task = asyncio.create_task(self._answer(served, number, str(frame.get("method", "")), frame.get("params") or {}))
+        call = self._answer(served, number, str(frame.get("method", "")), frame.get("params") or {}, fds)
+        task = asyncio.create_task(call)
         served.tasks[number] = task
         if len(served.tasks) >= MAX_PENDING and served.channel is not None:
             served.channel.pause()
 
-    async def _answer(self, served: _Served, number: int, method: str, params: dict[str, Any]) -> None:
+    async def _answer(self, served: _Served, number: int, method: str, params: dict[str, Any], fds: list[int]) -> None:
         channel = served.channel
         assert channel is not None
         try:
             service = await asyncio.shield(self.ready)
-            reply = await service.call(served.client, method, params) if method else None
+            given, fds = fds, []
+            reply = await service.call_with_fds(served.client, method, params, given) if method else None
             if not isinstance(reply, Reply):
                 reply = Reply(reply)
             channel.send({"id": number, "result": reply.result}, reply.fds)
@@ -549,6 +565,7 @@ class Daemon:
             log.exception("a call of %r failed", method)
             channel.send({"id": number, "error": f"{type(error).__name__}: {error}", "kind": "SandboxError"})
         finally:
+            _close_all(fds)
             served.tasks.pop(number, None)
             if len(served.tasks) < MAX_PENDING:
                 channel.resume()

@@ -1,8 +1,9 @@
 """The node's pool of places: one daemon, one zygote, and a launcher a place. Runs in `agentloop.sandboxes.node`.
 
-A client asks for a place and is handed one end of a socket whose other end goes to the launcher: runs do not pass through
-here. Whatever happens to the client, the socket's end tells the launcher to leave nothing; whatever happens to this process,
-the kernel ends the zygote and the launchers with it (PR_SET_PDEATHSIG).
+A client asks for a place and sends one end of a socket along, which goes to the launcher: runs do not pass through here, and
+what the client has written into its own end meanwhile is there when the launcher looks. Whatever happens to the client, the
+socket's end tells the launcher to leave nothing; whatever happens to this process, the kernel ends the zygote and the launchers
+with it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from agentloop.sandboxes.base import SandboxError
-from agentloop.sandboxes.node import Client, Reply, Service, run_folder
+from agentloop.sandboxes.node import Client, Service, run_folder
 from agentloop.sandboxes.process import bwrap, cgroups
 from agentloop.sandboxes.process.layers import base_python, boot, check, probe
 
@@ -79,10 +80,13 @@ class Pool(Service):
         self._fill()
         self._spawn(self._trim())
 
+    async def call_with_fds(self, client: Client, method: str, params: dict[str, Any], fds: list[int]) -> Any:
+        if method == "open" and len(fds) == 1:
+            return await self._open(params, socket.socket(fileno=fds[0]))
+        return await super().call_with_fds(client, method, params, fds)
+
     async def call(self, client: Client, method: str, params: dict[str, Any]) -> Any:
         match method:
-            case "open":
-                return await self._open(params)
             case "layers":
                 return [[layer.name, layer.active, layer.stops, layer.detail] for layer in self.layers]
             case "state":
@@ -102,7 +106,12 @@ class Pool(Service):
 
     # --- places, handed out ---
 
-    async def _open(self, params: dict[str, Any]) -> Reply:
+    async def _open(self, params: dict[str, Any], session: socket.socket) -> dict[str, Any]:
+        """Give `session`, the client's socket, to the launcher of a free place."""
+        with session:
+            return await self._give(params, session)
+
+    async def _give(self, params: dict[str, Any], session: socket.socket) -> dict[str, Any]:
         began = time.monotonic()
         limits = params["limits"]
         waiter = Waiter(bool(params["once"]))
@@ -117,16 +126,12 @@ class Pool(Service):
         finally:
             with contextlib.suppress(ValueError):
                 self.waiters.remove(waiter)
-        ours, theirs = socket.socketpair()
         try:
-            socket.send_fds(place.control, [json.dumps(limits).encode()], [theirs.fileno()])
+            socket.send_fds(place.control, [json.dumps(limits).encode()], [session.fileno()])
         except OSError as error:
-            ours.close()
             self._lose(place)
             raise SandboxError(f"a place of the sandbox died: {error}") from None
-        finally:
-            theirs.close()
-        return Reply({"queue_s": time.monotonic() - began}, (ours.detach(),))
+        return {"queue_s": time.monotonic() - began}
 
     def _dispatch(self) -> None:
         """Hand ready places to whoever waits, first come first served; single runs only as many as `max_runs`."""
@@ -201,7 +206,7 @@ class Pool(Service):
                 "uid": UID_BASE + self.number * UIDS + number if "own uid" in self.active else None,
                 "landlock": "landlock" in self.active,
                 "seccomp": "seccomp" in self.active,
-                "disk_mb": self.settings["limits"]["disk_mb"],
+                "disk_mb": min(self.settings["limits"]["disk_mb"], self.settings["limits"]["memory_mb"]),
                 "files": self.settings["limits"]["files"],
                 "env": self._env(),
             }

@@ -121,11 +121,12 @@ class PoolSandbox(Sandbox):
         if node is not None:
             await node.close()
 
-    async def _take(self, limits: Limits, once: bool) -> tuple[socket.socket, float]:
+    async def _take(self, session: socket.socket, limits: Limits, once: bool) -> float:
         await self.start()
         assert self._node is not None
-        answer, fds = await self._node.call_with_fds("open", {"limits": wire_limits(limits), "once": once})
-        return socket.socket(fileno=fds[0]), answer["queue_s"]
+        fds = (session.detach(),)
+        answer, _ = await self._node.call_with_fds("open", {"limits": wire_limits(limits), "once": once}, fds)
+        return float(answer["queue_s"])
 
 
 class ProcessConfig(PoolConfig):

@@ -36,20 +36,24 @@ class Wire:
         self._answer: asyncio.Future[tuple[dict[str, Any], list[bytes]]] | None = None
         self.loop.add_reader(sock, self._read)
 
-    async def ask(self, head: dict[str, Any], blobs: Sequence[bytes], wait_s: float) -> tuple[dict[str, Any], list[bytes]]:
+    async def ask(
+        self, head: dict[str, Any], blobs: Sequence[bytes], wait_s: float, ready: Awaitable[None] | None = None
+    ) -> tuple[dict[str, Any], list[bytes]]:
         """The answer. Cancelling it ends what it asked for. Raises `SandboxError` if the other end dies, or is silent for
-        `wait_s`, and then it counts as dead."""
+        `wait_s` after `ready`, and then it counts as dead. The request may be under way before `ready`."""
         if self.closed:
             raise SandboxError("the sandbox's place died")
         self._last += 1
         data = wire.pack({**head, "id": self._last}, blobs)
         self._answer = self.loop.create_future()
-        timer = self.loop.call_later(wait_s, self.close, f"the sandbox's place did not answer within {wait_s:.0f} s")
+        timer: asyncio.TimerHandle | None = None
+        sent = 0
         try:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 sent = self.sock.send(data)
-            except BlockingIOError:
-                sent = 0
+            if ready is not None:
+                await ready
+            timer = self.loop.call_later(wait_s, self.close, f"the sandbox's place did not answer within {wait_s:.0f} s")
             if sent < len(data):
                 await self.loop.sock_sendall(self.sock, memoryview(data)[sent:])
             return await self._answer
@@ -64,7 +68,10 @@ class Wire:
                     self.sock.send(wire.pack({"op": "kill", "id": self._last}))
             raise
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
+            if self._answer.done() and not self._answer.cancelled():
+                self._answer.exception()  # seen, whatever else is raised
             self._answer = None
 
     def close(self, reason: str = "the sandbox's place died") -> None:
@@ -98,11 +105,9 @@ class Wire:
 
 
 class WireSession(Session):
-    """A session whose place `take` gets: a connected socket, and the seconds that it waited."""
+    """A session whose place `take` gets: it hands a socket to a launcher, and returns the seconds that it waited for one."""
 
-    def __init__(
-        self, take: Callable[[Limits, bool], Awaitable[tuple[socket.socket, float]]], limits: Limits, *, once: bool
-    ) -> None:
+    def __init__(self, take: Callable[[socket.socket, Limits, bool], Awaitable[float]], limits: Limits, *, once: bool) -> None:
         self._take, self.limits, self._once = take, limits, once
         self._wire: Wire | None = None
         self._queue_s = 0.0
@@ -113,11 +118,25 @@ class WireSession(Session):
         if self._closed:
             raise SandboxError("the session is closed")
         if self._wire is None or self._wire.closed:
-            sock, self._queue_s = await self._take(self.limits, self._once)
-            if self._closed:
-                sock.close()
-                raise SandboxError("the session is closed")
-            self._wire = Wire(sock)
+            await self._placed(self._connect())
+
+    def _connect(self) -> socket.socket:
+        """A new connection; its other end, for a launcher."""
+        ours, theirs = socket.socketpair()
+        self._wire = Wire(ours)
+        return theirs
+
+    async def _placed(self, theirs: socket.socket) -> None:
+        assert self._wire is not None
+        try:
+            with theirs:
+                self._queue_s = await self._take(theirs, self.limits, self._once)
+        except BaseException:
+            self._wire.close("the sandbox has no place")
+            raise
+        if self._closed:
+            self._wire.close("the session was closed")
+            raise SandboxError("the session is closed")
 
     async def run(
         self,
@@ -146,9 +165,13 @@ class WireSession(Session):
         blobs = [_bytes(code), _bytes(stdin), *written.values()]
         async with self._turn:
             try:
-                await self.open()
+                ready = None
+                if self._once and self._wire is None and not self._closed:
+                    ready = self._placed(self._connect())
+                else:
+                    await self.open()
                 assert self._wire is not None
-                answer, parts = await self._wire.ask(head, blobs, seconds + GRACE_S)
+                answer, parts = await self._wire.ask(head, blobs, seconds + GRACE_S, ready)
                 queue_s, self._queue_s = self._queue_s, 0.0
                 return result(answer, parts, queue_s)
             except SandboxError as error:
@@ -212,5 +235,10 @@ def _bytes(data: str | bytes) -> bytes:
 
 
 def wire_limits(limits: Limits) -> dict[str, Any]:
-    """As a launcher takes them."""
-    return {**limits.model_dump(), "cpu_s": limits.cpu_s or limits.timeout_s}
+    """As a launcher takes them. Files are in memory, so there is no more room for them than for everything: what they fill is
+    not freed by killing, and must leave some for the next interpreter."""
+    return {
+        **limits.model_dump(),
+        "cpu_s": limits.cpu_s or limits.timeout_s,
+        "disk_mb": min(limits.disk_mb, limits.memory_mb),
+    }

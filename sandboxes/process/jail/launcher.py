@@ -247,10 +247,14 @@ class Place:
             while os.waitpid(-1, 0 if block else os.WNOHANG)[0]:
                 pass
 
-    def _kill_all(self) -> None:
-        """End every process of the place. A fork cannot slip through: the kernel refuses one to a process that is killed."""
+    def _kill(self) -> None:
+        """A fork cannot slip through: the kernel refuses one to a process that is killed."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
+
+    def _kill_all(self) -> None:
+        """End every process of the place, and wait until it has ended."""
+        self._kill()
         while self.children:
             self._hear()
         self._reap(block=True)
@@ -295,7 +299,9 @@ class Place:
         killed = end not in ("report", "exit")
         had_state = self.interpreter is not None and (killed or (python and child.exited is not None))
         lost = had_state and not once
-        if once or killed:
+        if once and end == "report":
+            self._kill()  # none of it runs on; it is waited for when the lease ends
+        elif once or killed:
             self._kill_all()
         elif python and child.exited is not None:
             child.close()
