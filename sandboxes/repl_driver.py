@@ -531,13 +531,18 @@ class Driver:
     # files
 
     def put(self, request: dict[str, Any]) -> None:
+        """One part of a file. It is written beside its place and takes it with the last part, so that there is never half a
+        file, and whatever stood there before, such as a link or a pipe, is replaced and not written to."""
         if request["first"]:
+            self.abandon()
             folder, name = self.folder_of(request["path"], make=True)
             try:
                 if is_folder(folder, name):
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
                 temporary = ".%s.put" % os.urandom(8).hex()
-                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
+                fd = os.open(
+                    temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder
+                )
             except OSError:
                 os.close(folder)
                 raise
@@ -550,17 +555,23 @@ class Driver:
             if request["last"]:
                 os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
         except OSError:
-            try:
-                os.unlink(temporary, dir_fd=folder)
-            except OSError:
-                pass
-            self.writing = None
-            os.close(fd)
-            os.close(folder)
+            self.abandon()
             raise
         if request["last"]:
             self.writing = None
             os.close(fd)
+            os.close(folder)
+
+    def abandon(self) -> None:
+        """Remove what was written of a file that will not be finished."""
+        if self.writing is not None:
+            fd, folder, temporary, _ = self.writing
+            self.writing = None
+            os.close(fd)
+            try:
+                os.unlink(temporary, dir_fd=folder)
+            except OSError:
+                pass
             os.close(folder)
 
     def get(self, request: dict[str, Any]) -> None:
