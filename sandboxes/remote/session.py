@@ -108,8 +108,10 @@ class RemoteSession(Session):
             kind, number, message = said["error"], said.get("errno"), said["message"]
         except (ValueError, KeyError, TypeError):
             kind, number, message = "", None, refusal(reply)
+        if number:
+            raise OSError(number, message, path)  # its subclass, by the number
         if kind in _ERRORS:
-            raise OSError(number, message, path) if number else _ERRORS[kind](message)
+            raise _ERRORS[kind](message)
         await self._leave()
         raise SandboxError(f"{home.url}: {message}; the session's variables and files are gone")
 

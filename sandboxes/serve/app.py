@@ -57,8 +57,8 @@ class Service:
                 web.post("/run_code", self._run_code),
                 web.post("/sessions", self._open_session),
                 web.post("/sessions/{session}/run", self._run_in_session),
-                web.put("/sessions/{session}/files/{path:.+}", self._put),
-                web.get("/sessions/{session}/files/{path:.+}", self._get),
+                web.put("/sessions/{session}/files/{path:(?s:.+)}", self._put),
+                web.get("/sessions/{session}/files/{path:(?s:.+)}", self._get),
                 web.delete("/sessions/{session}", self._close_session),
             ]
         )
