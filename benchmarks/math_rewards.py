@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
@@ -55,7 +56,7 @@ def texts(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 def math_verify_one(payload: dict[str, str]) -> bool:
     """What a worker of the other pool does."""
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     return bool(verify(parse(f"${payload['gold']}$"), parse(payload["text"])))
 
@@ -87,7 +88,7 @@ async def stall(stop: asyncio.Event) -> tuple[float, float]:
 
 
 def bombs(count: int) -> list[str]:
-    kinds = [
+    kinds: list[Callable[[int], str]] = [
         lambda n: f"9^{{9^{{9^{{{n}}}}}}}",
         lambda n: f"{n + 10}!!!",
         lambda n: "\\frac{1}{" * (25 * n) + "1" + "}" * (25 * n),
