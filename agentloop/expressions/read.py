@@ -279,8 +279,11 @@ class _Reader:
                 node = Node("div", (node, self._factor()))
             elif self._starts_factor(node):
                 right = self._power()
-                if _whole(node) and right.op == "div" and right.text == "mixed":
-                    node = Node("add", (node, Node("div", right.args)))  # 1\frac{1}{2}
+                mark = right.op if right.op in ("percent", "degree") else ""
+                part = right.args[0] if mark else right
+                if _whole(node) and part.op == "div" and part.text == "mixed":
+                    node = Node("add", (node, Node("div", part.args)))  # 1\frac{1}{2}
+                    node = Node(mark, (node,)) if mark else node
                 else:
                     node = _times(node, right)
             else:
@@ -716,6 +719,8 @@ def _is_word(token: Token, left: Node) -> bool:
     text = token.text
     if len(text) == 1 or text in FUNCTIONS or text in GREEK or text in _CONSTANTS:
         return False
+    if token.spaced and left.op == "num" and len(text) == 3 and set(text) & set("aeiou"):  # 5 men
+        return True
     return (text in UNITS or text in PERCENT) if len(text) <= 3 and (text.islower() or text.isupper()) else True
 
 

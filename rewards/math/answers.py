@@ -17,6 +17,11 @@ _WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal|tt|sf)?|math(?:rm|bf)|mbox|o
 _DECIMAL_COMMA = re.compile(r"[-+−$€£\s]*[0-9]+,[0-9]+(?:\s|[^0-9,]|$)")
 _PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?(?:answer|result|solution)\s*(?:is|:|=)\s*:?", re.IGNORECASE)
 
+_PHRASES = {
+    **dict.fromkeys(("all real number", "all real", "real number", "all of r"), Node("space", (), "R")),
+    **dict.fromkeys(("no solution", "no real solution", "empty set", "none", "there are no solution"), Node("set")),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -55,6 +60,8 @@ def read_answer(text: str) -> Answer:
             trees.append(tree)
     if bare.casefold() in NUMBER_WORDS:
         trees = [number(NUMBER_WORDS[bare.casefold()])]
+    elif bare.casefold().removeprefix("the ").rstrip("s") in _PHRASES:
+        trees = [_PHRASES[bare.casefold().removeprefix("the ").rstrip("s")]]
     choice = _CHOICE.fullmatch(bare)
     rest = bare[choice.end(1) :] if choice else ""
     chosen = choice[1] if choice and not _OTHER_CHOICE.search(rest) else ""

@@ -17,7 +17,7 @@ from fractions import Fraction
 import mpmath  # type: ignore[import-untyped, unused-ignore]
 
 from agentloop.expressions.tree import Node, names, number, written
-from agentloop.expressions.value import Huge, NoNumber, Undefined, is_real, points, proportional, same_function, value
+from agentloop.expressions.value import Huge, NoNumber, Number, Undefined, is_real, points, proportional, same_function, value
 from agentloop.expressions.words import UNITS
 from agentloop.rewards.math.answers import Answer, read_answer
 from agentloop.rewards.math.intervals import NoSet, intervals
@@ -39,14 +39,18 @@ def same_answer(gold: Answer, answer: Answer) -> bool:
         return gold.choice == answer.choice
     if gold.words and gold.words == answer.words:
         return True
-    if gold.time and answer.time and (gold.time[3] or answer.time[3] or gold.time == answer.time):
-        said = gold.time[3] <= answer.time[3] or answer.time[0] > 12 or gold.time[0] == 0
-        return gold.time[:3] == answer.time[:3] and said
-    if gold.time and answer.time:  # 12:00 and 1:00; as proportions they may be equal only where they are no times
-        return False
-    if gold.time and gold.time[3]:
+    if gold.time and answer.time:
+        return _same_time(gold.time, answer.time)
+    if gold.time and gold.time[3]:  # am or pm was asked for
         return False
     return any(same(one, two) for one in gold.trees for two in answer.trees)
+
+
+def _same_time(gold: tuple[int, int, int, bool], answer: tuple[int, int, int, bool]) -> bool:
+    """Where only the answer says am or pm, the ground truth may be of twelve hours."""
+    if gold[:3] == answer[:3]:
+        return gold[3] <= answer[3] or gold[0] > 12
+    return answer[3] and not gold[3] and (gold[0] % 12, *gold[1:3]) == (answer[0] % 12, *answer[1:3])
 
 
 def same(gold: Node, answer: Node) -> bool:
@@ -60,6 +64,7 @@ def same(gold: Node, answer: Node) -> bool:
 
 
 def _same(gold: Node, answer: Node) -> bool:
+    gold, answer = _renamed(gold), _renamed(answer)
     whole = gold, answer
     gold_name, gold = _named(gold)
     name, answer = _named(answer)
@@ -99,6 +104,8 @@ def _named(node: Node) -> tuple[str, Node]:
             if "approx" in operators:
                 first = operators.index("approx")
                 operators, sides = operators[:first], sides[: first + 1]
+        elif first == 0 and not _near(*sides[:2]):
+            return "", Node("nothing")
         else:
             operators, sides = operators[:first], sides[: first + 1]
     if len(sides) == 1:
@@ -116,6 +123,22 @@ def _named(node: Node) -> tuple[str, Node]:
     if len(sides) != 2 or name or not (names(sides[0]) or names(sides[1])):
         return name, sides[-1]
     return "", Node("rel", tuple(sides), " ".join(operators))
+
+
+def _near(exact: Node, rounded: Node) -> bool:
+    """`√2 ≈ 1.41` is a rounding, `5 ≈ 6` is two answers."""
+    if names(exact) or names(rounded):
+        return True
+    try:
+        one, two = value(_annotation(exact)[1]), value(_annotation(rounded)[1])
+    except (NoNumber, Undefined, Huge):
+        return True
+    with mpmath.workdps(30):
+        return bool(abs(_float(one) - _float(two)) <= abs(_float(one)) / 20)
+
+
+def _float(found: Number) -> Number:
+    return mpmath.mpf(found.numerator) / found.denominator if isinstance(found, Fraction) else found
 
 
 def _is_name(node: Node) -> bool:
@@ -142,6 +165,23 @@ def _letter(node: Node) -> str:
 def _is_variable(name: str) -> bool:
     """`sym:x()`: one letter, as `written` has it."""
     return name.startswith("sym:") and len(name) == len("sym:x()") and name[4].islower()
+
+
+def _renamed(node: Node) -> Node:
+    """`kπ, k ∈ ℤ`: the running number has one name, whatever it is called."""
+    if node.op != "list":
+        return node
+    running = [item for item in node.args if item.op == "rel" and item.text == "in" and item.args[1].op == "space"]
+    if len(running) != 1 or running[0].args[0].op != "sym":
+        return node
+    name = running[0].args[0].text
+    return _with(node, name, "running number")
+
+
+def _with(node: Node, name: str, new: str) -> Node:
+    if node.op == "sym" and node.text == name:
+        return Node("sym", (), new)
+    return Node(node.op, tuple(_with(arg, name, new) for arg in node.args), node.text, node.value)
 
 
 def _expanded(node: Node) -> Node:
@@ -272,7 +312,10 @@ def _rounded_from(decimal: Node, other: Node) -> bool:
     with mpmath.workdps(110):
         exact = mpmath.mpf(found.numerator) / found.denominator if isinstance(found, Fraction) else found.real
         given = mpmath.mpf((sign * literal.value).numerator) / literal.value.denominator
-        return bool(mpmath.nstr(exact, 15) == mpmath.nstr(given, 15))
+        if given == 0:
+            return False
+        last = mpmath.mpf(10) ** (mpmath.floor(mpmath.log10(abs(given))) - 14)
+        return bool(abs(exact - given) <= last * 0.51)
 
 
 def _is_decimal(node: Node) -> bool:

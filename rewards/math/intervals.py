@@ -106,6 +106,8 @@ def _intervals(node: Node) -> Intervals:
         return Intervals([Piece(-mpmath.inf, False, mpmath.inf, False)])
     if node.op == "space" and node.text in ("R+", "R_+", "R++"):
         return Intervals([Piece(mpmath.mpf(0), False, mpmath.inf, False)])
+    if node.op == "opaque" and node.text == "builder":
+        return _intervals(node.args[1])
     if node.op == "rel":
         return _relation(node)
     raise NoSet(f"a {node.op}")
@@ -124,7 +126,7 @@ def _relation(node: Node) -> Intervals:
     middle = node.args[place]
     inner = middle.args[0] if middle.op == "call" and middle.text == "abs" else middle
     if not (inner.op == "sym" or (inner.op == "mul" and inner.args[0].op == "sym" and inner.args[0].text in "fghFGP")):
-        raise NoSet("the unknown does not stand alone")
+        return _solved(node)
     result = Intervals([Piece(-mpmath.inf, False, mpmath.inf, False)])
     if place > 0:
         if place > 1:
@@ -139,6 +141,40 @@ def _relation(node: Node) -> Intervals:
     positive = result.meet(Intervals([Piece(_zero(), True, mpmath.inf, False)]))
     mirrored = [Piece(-piece.high, piece.high_in, -piece.low, piece.low_in) for piece in positive.pieces]
     return Intervals([*positive.pieces, *mirrored])
+
+
+def _solved(node: Node) -> Intervals:
+    """An inequality of one unknown that does not stand alone, as sympy solves it over the real numbers."""
+    import sympy
+
+    from agentloop.expressions.build import build
+
+    unknowns = names(node)
+    if len(unknowns) != 1 or len(node.args) != 2 or sum(1 for _ in node.walk()) > 60:
+        raise NoSet("it is no inequality of one unknown")
+    try:
+        relation = build(node)
+        (unknown,) = relation.free_symbols
+        real = sympy.Symbol("x", real=True)
+        found = sympy.solve_univariate_inequality(relation.subs(unknown, real), real, relational=False)
+    except (NotImplementedError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise NoSet(str(error)) from error
+    pieces: list[Piece] = []
+    for part in found.args if isinstance(found, sympy.Union) else (found,):
+        if isinstance(part, sympy.FiniteSet):
+            ends = [_number(end) for end in part.args]
+            pieces += [Piece(end, True, end, True) for end in ends]
+        elif isinstance(part, sympy.Interval):
+            low_in, high_in = not bool(part.left_open), not bool(part.right_open)
+            pieces.append(Piece(_number(part.start), low_in, _number(part.end), high_in))
+        elif part is not sympy.S.EmptySet:
+            raise NoSet("no intervals")
+    return Intervals(pieces)
+
+
+def _number(end: Any) -> Any:
+    with mpmath.workdps(120):
+        return mpmath.mpf(str(end.evalf(120))) if end.is_finite else (mpmath.inf if end.is_positive else -mpmath.inf)
 
 
 def _zero() -> Any:

@@ -72,6 +72,17 @@ SAME = [
     ("１２", "12"),
     ("−4", "-4"),
     ("5", "five"),
+    ("x^2 < 9", "(-3,3)"),
+    (r"\{x \mid x > 2\}", r"(2,\infty)"),
+    (r"\frac{\pi}{3}+k\pi, k\in\mathbb{Z}", r"n\pi+\frac{\pi}{3}, n \in \mathbb{Z}"),
+    (r"\mathbb{R}", r"\text{all real numbers}"),
+    (r"\emptyset", "no solution"),
+    (r"\$2.50", "250 cents"),
+    ("2.5 hours", "150 minutes"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{\sqrt{2}}{2} \approx 0.707"),
+    ("x^2+y^2=9", "y^2=9-x^2"),
+    ("x+y<3", "3-x-y>0"),
+    (r"7\frac{1}{2}\%", "7.5%"),
 ]
 DIFFERENT = [
     ("3/4", "0.7500001"),
@@ -121,6 +132,17 @@ DIFFERENT = [
     ("0", "10^{-80}"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
     ("12:15", "4:05"),
+    ("5", r"5 \approx 6"),
+    ("5", "5, maybe 6"),
+    ("5", "5-6"),
+    ("5", "5 (or 6)"),
+    ("5", "between 5 and 6"),
+    ("5", r"x \in \{5,6\}"),
+    ("5", r"x \ge 5"),
+    ("5", "5?"),
+    ("x^2 < 9", "(-3,4)"),
+    ("2^{5000}", "2^{5000}+1"),
+    (r"e^{\pi\sqrt{163}}", "262537412640768744"),
 ]
 ONE_WAY = {("6 pm", "6")}
 
