@@ -74,7 +74,7 @@ def _same(gold: Node, answer: Node) -> bool:
         return False
     gold, answer = of_matrices(_expanded(gold)), of_matrices(_expanded(answer))
     kinds = {gold.op, answer.op}
-    if "rel" in kinds or kinds & {"union", "inter", "diff", "space"}:
+    if kinds & {"rel", "union", "inter", "diff", "space"} or "builder" in (gold.text, answer.text):
         return _same_relation(gold, answer)
     if kinds & {"list", "set", "tuple", "matrix"}:
         return _same_collection(gold, answer)
