@@ -68,13 +68,20 @@ MOST = Limits(timeout_s=600.0, memory_mb=2048, disk_mb=1024, files=65536, output
 """What the service gives at most; without being asked, clients get the usual limits."""
 
 
+WITHOUT = 'umount --lazy --recursive /sys/fs/cgroup; exec setpriv --bounding-set=-all,+setfcap --inh-caps=-all "$@"'
+"""Without control groups, and without any capability but the one that root needs to give itself another number in a user name
+space: how whoever is not root finds most machines."""
+
+
 @asynccontextmanager
-async def served() -> AsyncIterator[Sandbox]:
-    """The `process` kind behind `agentloop sandbox serve`, in a process of its own."""
+async def served(kind: str = "process", *, unprivileged: bool = False) -> AsyncIterator[Sandbox]:
+    """A kind behind `agentloop sandbox serve`, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "sandbox.yaml")
-        config.write_text(json.dumps({"kind": "process", "scope": "process", "limits": MOST.model_dump()}))  # noqa: ASYNC240 - a few bytes
+        config.write_text(json.dumps({"kind": kind, "scope": "process", "limits": MOST.model_dump()}))  # noqa: ASYNC240
+        prefix = ("unshare", "--mount", "sh", "-c", WITHOUT, "sh") if unprivileged else ()
         service = await asyncio.create_subprocess_exec(
+            *prefix,
             sys.executable,
             *("-m", "agentloop.cli", "sandbox", "serve", "--config", str(config), "--port", "0"),
             stdout=asyncio.subprocess.PIPE,
@@ -97,6 +104,9 @@ KINDS: dict[str, Kind] = {
     ),
     "docker": Kind(lambda: by_config({"kind": "docker", "scope": "process"}), unavailable=no_docker),
     "remote": Kind(served, unavailable=not_root),
+    "bubblewrap_unprivileged": Kind(
+        lambda: served("bubblewrap", unprivileged=True), unavailable=lambda: no_bubblewrap() or not_root(), stops_all=False
+    ),
 }
 
 

@@ -78,18 +78,21 @@ class Group:
         count = None if "pids" in self.fds else processes
         if memory is None and count is None:
             return ""
-        pages, found = 0, 0
+        own, shared, found, threads = 0, 0, 0, 0
         for name in os.listdir("/proc"):
             if name.isdigit() and name != "1":
-                with contextlib.suppress(OSError, IndexError), open(f"/proc/{name}/statm") as f:
-                    words = f.read().split()
-                    pages += int(words[1]) - int(words[2])  # without what is shared: files, mostly
+                with contextlib.suppress(OSError, KeyError):
+                    fields = _fields(f"/proc/{name}/status")
+                    own += fields["RssAnon"]
+                    shared += fields["RssShmem"]
+                    threads += fields["Threads"]
                     found += 1
         disk = os.statvfs(home)
-        used = pages * os.sysconf("SC_PAGE_SIZE") + (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-        if memory is not None and used > found * self.base + memory * 2**20:
+        used = own + (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        room = found * self.base + (memory or 0) * 2**20 - used
+        if memory is not None and (room < 0 or (shared > room and _shared_once() > room)):
             return "memory"
-        return "processes" if count is not None and found > count else ""
+        return "processes" if count is not None and threads > count else ""
 
     def _read(self, name: str) -> bytes:
         return os.pread(self.fds[name], 4096, 0) if name in self.fds else b""
@@ -110,6 +113,28 @@ class Group:
     def _write(self, name: str, value: int) -> None:
         if name in self.fds:
             os.pwrite(self.fds[name], str(value).encode(), 0)
+
+
+def _fields(path: str) -> dict[str, int]:
+    """The numbers in a file of lines such as `Threads: 3` or `RssAnon: 12 kB`; kB in bytes."""
+    found = {}
+    with open(path) as f:
+        for line in f:
+            name, _, value = line.partition(":")
+            words = value.split()
+            if words and words[0].isdigit():
+                found[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
+    return found
+
+
+def _shared_once() -> int:
+    """Bytes of shared memory that processes have mapped, each counted once: slow, for when their sum is suspicious."""
+    total = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and name != "1":
+            with contextlib.suppress(OSError):
+                total += _fields(f"/proc/{name}/smaps_rollup").get("Pss_Shmem", 0)
+    return total
 
 
 def _proc_cpu_s() -> float | None:

@@ -77,6 +77,20 @@ pwned("3 x 300 MiB")
         says,
     ),
     Attack(
+        "memory_in_many_file_descriptors",
+        "takes the host's memory by many files that have no name, none of them large",
+        """
+page = b"x" * (1 << 20)
+files = [os.memfd_create("m") for _ in range(25)]
+for fd in files:
+    for _ in range(40):
+        assert os.write(fd, page) == len(page)
+pwned("25 x 40 MiB")
+""",
+        says,
+        layer="cgroup memory",
+    ),
+    Attack(
         "memory_in_files",
         "takes the host's memory by files in memory file systems",
         """
