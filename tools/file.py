@@ -83,7 +83,7 @@ class File(SandboxTool):
             raise _Refused(f"{path} has {len(lines)} lines; line {start} is beyond its end")
         if end < start:
             raise _Refused(f"line {start} to {end} is no range: 'start' is after 'end'")
-        last = min(end, start + self.settings.max_lines - 1)
+        last = _last_shown(lines, start, min(end, start + self.settings.max_lines - 1), self.limits.output_bytes)
         shown = _numbered(lines, start, last)
         if last < end:
             shown += f"\n[lines {start} to {last} of {len(lines)}; read on with start={last + 1}]"
@@ -117,7 +117,8 @@ class File(SandboxTool):
         first = text.count("\n", 0, at) + 1
         lines = _lines(changed)
         last = min(first + new.count("\n"), first + self.settings.max_lines - 1)
-        around = _numbered(lines, max(1, first - _CONTEXT), min(len(lines), last + _CONTEXT))
+        begin, end = max(1, first - _CONTEXT), min(len(lines), last + _CONTEXT)
+        around = _numbered(lines, begin, _last_shown(lines, begin, end, self.limits.output_bytes))
         return f"Edited {path}; it now reads:\n{around}" if around else f"Edited {path}; it is empty now."
 
     async def _list(self, session: Session, path: str, parameters: Mapping[str, Any]) -> str:
@@ -166,6 +167,15 @@ def _numbered(lines: list[str], first: int, last: int) -> str:
     return "\n".join(f"{number:6}\t{_shortened(lines[number - 1])}" for number in range(first, last + 1))
 
 
+def _last_shown(lines: list[str], first: int, last: int, room: int) -> int:
+    """Until where lines from `first` fit into `room` characters; at least one."""
+    for number in range(first, last + 1):
+        room -= min(len(lines[number - 1]), _MAX_LINE) + 8
+        if room < 0:
+            return max(first, number - 1)
+    return last
+
+
 def _shortened(line: str) -> str:
     return line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}[… {len(line) - _MAX_LINE} more characters]"
 
@@ -191,7 +201,7 @@ def _why(error: Exception, path: str) -> str:
         case PermissionError():
             return f"{path} is no regular file that may be used"
         case OSError():
-            return f"{path}: {error.strerror or error}"
+            return f"{path[:200]}: {error.strerror or error}"
     return str(error)
 
 

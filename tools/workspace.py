@@ -19,9 +19,10 @@ from weakref import WeakKeyDictionary
 from pydantic import Field
 
 from agentloop.config import Strict, validate
-from agentloop.errors import ToolInfraError
+from agentloop.errors import ConfigError, ToolInfraError
 from agentloop.sandboxes.base import Limits, Result, Sandbox, Session, Status
 from agentloop.sandboxes.load import load_sandbox
+from agentloop.sandboxes.paths import inside
 from agentloop.tools.base import BaseTool
 from agentloop.tools.session import current_session
 from agentloop.tools.threads import queueing
@@ -61,8 +62,7 @@ class Workspace:
                     try:
                         with queueing():
                             await session.open()
-                        for path, data in self.files.items():
-                            await session.put(path, data)
+                        await self._begin(session)
                     except BaseException:
                         await session.close()
                         raise
@@ -73,9 +73,17 @@ class Workspace:
             raise
         except asyncio.CancelledError:
             if self._session is not None:
+                self._used = True
                 self.notice = "An earlier run was stopped before it had ended; variables may be lost, files are kept."
             raise
         self._used = True
+
+    async def _begin(self, session: Session) -> None:
+        for path, data in self.files.items():
+            try:
+                await session.put(path, data)
+            except (OSError, ValueError) as error:  # the row's doing, and not the model's
+                raise ToolInfraError(f"the file '{path}' of the row's create_kwargs cannot be written: {error}") from error
 
     async def run(self, code: str, language: str) -> Result:
         """As `Session.run`; raises `ToolInfraError` where that says `infra`."""
@@ -122,6 +130,9 @@ class SandboxTool(BaseTool):
     parallel = False
 
     def __init__(self, config: Mapping[str, Any] | None = None, tool_schema: Any = None) -> None:
+        box = (config or {}).get("sandbox", "")
+        if not isinstance(box, str | Mapping):
+            raise ConfigError(f"key 'config.sandbox' must be a kind, or a mapping with 'kind' and its settings, got {box!r}")
         self.settings: Any = validate(self.Config, config or {}, "config")
         super().__init__(config, tool_schema)
         sandbox = load_sandbox(self.settings.sandbox, where="key 'config.sandbox'")
@@ -140,13 +151,15 @@ class SandboxTool(BaseTool):
         return loops[self._key]
 
     async def create(self, instance_id: str, files: Mapping[str, str | bytes] | None = None) -> None:  # type: ignore[override]
-        """`files`: what the session begins with, by path."""
+        """`files`: what the session begins with, by path. One that is `None` is left out: a table of rows has the paths of all
+        rows in each."""
+        given = _checked(files)
         key = (current_session.get() or uuid4().hex, self._key)
         workspace = _workspaces.get(key)
         if workspace is None:
             workspace = _workspaces[key] = Workspace(self.sandbox)
         workspace.users += 1
-        workspace.files.update(files or {})
+        workspace.files.update(given)
         self.instances[instance_id] = (key, workspace)
 
     def workspace(self, instance_id: str) -> Workspace:
@@ -165,3 +178,15 @@ class SandboxTool(BaseTool):
         sandbox = _sandboxes.get(asyncio.get_running_loop(), {}).pop(self._key, None)
         if sandbox is not None:
             await sandbox.close()
+
+
+def _checked(files: Any) -> dict[str, str | bytes]:
+    """Raises `ValueError` for what no session can begin with."""
+    if files is not None and not isinstance(files, Mapping):
+        raise ValueError(f"create_kwargs.files: expected a mapping from path to text, got {files!r:.80}")
+    found = {path: data for path, data in (files or {}).items() if data is not None}
+    for path, data in found.items():
+        inside(path)
+        if not isinstance(data, str | bytes):
+            raise ValueError(f"create_kwargs.files: '{path}' must be text, got {data!r:.80}")
+    return found

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agentloop.errors import ConfigError
+from agentloop.errors import ConfigError, ToolInfraError
 from agentloop.sandboxes.base import SandboxError
 from agentloop.sandboxes.load import load_sandbox
 from agentloop.tools import ToolRegistry
@@ -92,6 +93,28 @@ async def test_a_row_gives_the_session_files(registry: ToolRegistry) -> None:
     rows = {"python": {"create_kwargs": {"files": {"data/t.csv": "a,b\n1,2\n"}}}}
     async with opened(registry, tools_kwargs=rows) as session:
         assert (await shell(session, "tail -n 1 data/t.csv")).text == "1,2"
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"../outside": "x"}, "path '../outside': expected a path inside"),
+        ({"a.txt": 5}, "'a.txt' must be text, got 5"),
+        ("a.txt", "expected a mapping from path to text, got 'a.txt'"),
+    ],
+)
+async def test_files_of_a_row_that_are_none_are_no_fault_of_the_model(registry: ToolRegistry, files: Any, says: str) -> None:
+    with pytest.raises(ToolInfraError, match=re.escape(says)):
+        async with opened(registry, tools_kwargs={"python": {"create_kwargs": {"files": files}}}):
+            pass
+
+
+async def test_files_that_do_not_fit_are_no_fault_of_the_model(registry: ToolRegistry) -> None:
+    files = {"huge": "x" * 80 * 2**20, "of another row": None}
+    async with opened(registry, tools_kwargs={"python": {"create_kwargs": {"files": files}}}) as session:
+        for record in (await python(session, "1"), await file(session, "list")):
+            assert record.status is CallStatus.INFRA
+            assert "the file 'huge' of the row's create_kwargs cannot be written" in record.text
 
 
 async def test_verls_loop_calls_it_without_a_session(registry: ToolRegistry) -> None:
@@ -179,6 +202,16 @@ async def test_reading_by_lines(registry: ToolRegistry) -> None:
         assert (await file(session, "read", "empty")).text == "empty is empty."
 
 
+async def test_what_a_read_shows_is_bounded_like_output(registry: ToolRegistry) -> None:
+    async with opened(registry) as session:
+        await python(session, "open('wide', 'w').write(('x' * 1000 + '\\n') * 10)")
+        record = await file(session, "read", "wide")
+        assert len(record.text) < 4100
+        assert record.text.endswith("[lines 1 to 3 of 10; read on with start=4]")
+        await file(session, "write", "short", content="here\n")
+        assert len((await file(session, "edit", "short", old="here", new=("y" * 1000 + "\n") * 9)).text) < 4100
+
+
 async def test_editing_needs_one_place(registry: ToolRegistry) -> None:
     async with opened(registry) as session:
         await file(session, "write", "a.py", content="def f():\n    return 1\n\ndef g():\n    return 1\n")
@@ -221,6 +254,7 @@ async def test_a_long_list_is_cut_and_costs_no_variables(registry: ToolRegistry)
         ({"action": "edit", "path": "wide", "old": "y" * 9000, "new": ""}, "error", "'old' does not occur in wide"),
         ({"action": "write", "path": "text/below", "content": "x"}, "error", "Error: "),
         ({"action": "write", "path": "huge", "content": "x" * 80 * 2**20}, "error", "Error: huge: "),
+        ({"action": "write", "path": "half \ud800", "content": "x"}, "error", "path 'half \\ud800': expected text"),
         ({"action": "write", "path": "x"}, "invalid_arguments", "'write' needs the argument 'content'"),
         ({"action": "edit", "path": "text", "old": "t"}, "invalid_arguments", "'edit' needs the argument 'new'"),
         ({"action": "raed"}, "invalid_arguments", "is not one of"),
@@ -251,6 +285,16 @@ async def test_a_sandbox_that_cannot_be_had_is_no_fault_of_the_model(tmp_path: P
         await registry.close()
 
 
+async def test_a_run_that_was_cut_off_is_work_too(registry: ToolRegistry) -> None:
+    box = registry.tools[0].sandbox  # type: ignore[attr-defined]
+    async with opened(registry) as session:
+        code = "open('kept', 'w').write('x'); import time; time.sleep(60)"
+        assert (await call(session, "python", {"code": code}, within=1)).status is CallStatus.TIMEOUT
+        await box.close()
+        for _ in range(2):
+            assert (await python(session, "open('kept').read()")).status is CallStatus.INFRA
+
+
 async def test_work_that_a_failed_sandbox_lost_is_not_silently_begun_anew(registry: ToolRegistry) -> None:
     box = registry.tools[0].sandbox  # type: ignore[attr-defined]
     async with opened(registry) as session:
@@ -272,6 +316,7 @@ async def test_work_that_a_failed_sandbox_lost_is_not_silently_begun_anew(regist
     [
         ("{class_name: python, config: {statful: true}}", "config: unknown key 'statful'; did you mean 'stateful'?"),
         ("{class_name: python, config: {sandbox: proces}}", "there is no sandbox of kind 'proces'; did you mean 'process'?"),
+        ("{class_name: file, config: {sandbox: 5}}", "key 'config.sandbox' must be a kind, or a mapping with 'kind'"),
         ("{class_name: file, config: {sandbox: {}}}", "key 'config.sandbox': key 'kind' is missing"),
         (
             "{class_name: shell, config: {sandbox: {kind: process, limits: {timeout: 3}}}}",
