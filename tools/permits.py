@@ -9,6 +9,7 @@ initialised the book is the process's own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 from collections import deque
@@ -82,10 +83,9 @@ class PermitBook:
                 return True
             if now >= until:
                 return False
-            try:
-                await asyncio.wait_for(counter.changed.wait(), min(pause, until - now))
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(pause, until - now)):  # `wait_for` may swallow a cancellation
+                    await counter.changed.wait()
 
     async def renew(self, held: Mapping[str, Sequence[str]], lease_s: float) -> None:
         """`held`: leases by key. One that the book does not know is noted too: it is held."""

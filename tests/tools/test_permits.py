@@ -57,6 +57,17 @@ async def test_one_that_was_cancelled_stands_in_nobodys_way() -> None:
     assert await book.take("k", "c", 1, None, 60, 0)
 
 
+async def test_a_cancellation_that_meets_a_change_is_not_swallowed() -> None:
+    book = PermitBook()
+    assert await book.take("k", "a", 1, None, 60, 0)
+    waiting = asyncio.create_task(book.take("k", "b", 1, None, 60, 20))
+    await asyncio.sleep(0.01)
+    await book.give_back("k", "a")  # wakes the one that waits, which has not run yet
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
 async def test_a_lease_runs_out_unless_it_is_renewed() -> None:
     book = PermitBook()
     assert await book.take("k", "a", 1, None, 0.2, 0)
