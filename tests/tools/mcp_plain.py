@@ -1,6 +1,7 @@
 """An MCP server over stdio that needs no library and so starts at once, and that misbehaves when asked to.
 
 python mcp_plain.py [listing=wide|deep|remote|loop|badname|huge|none] [start=hang|die|noise|slow-again] [pid=FILE]
+[delay=SECONDS]
 """
 
 import json
@@ -27,7 +28,8 @@ def listing():
     text = {"type": "string", "title": "Text", "pattern": "(a+)+$", "format": "regex"}
     tools = [tool("echo", text=text), tool("pattern", pattern=text)]
     tools += [
-        tool(name) for name in ("count", "env", "fail", "hang", "die", "huge", "endless", "noise", "blocks", "wrong", "child")
+        tool(name)
+        for name in ("count", "env", "fail", "hang", "die", "huge", "endless", "noise", "blocks", "wrong", "child", "refuse")
     ]
     tools += [tool("long", size={"type": "integer"}), tool("sleep", seconds={"type": "number"})]
     kind = options.get("listing")
@@ -112,6 +114,7 @@ if "pid" in options:
     os.rename(options["pid"] + ".new", options["pid"])
     if again and options.get("start") == "slow-again":
         time.sleep(3600)
+time.sleep(float(options.get("delay", 0)))
 if options.get("start") == "hang":
     time.sleep(3600)
 if options.get("start") == "die":
@@ -128,6 +131,8 @@ for line in sys.stdin:
         say({"id": request["id"], "result": {**capabilities, "serverInfo": {"name": "plain", "version": "1"}}})
     elif method == "tools/list":
         say({"id": request["id"], "result": {"tools": listing()}})
+    elif method == "tools/call" and params["name"] == "refuse":
+        say({"id": request["id"], "error": {"code": -32000, "message": "not with " + os.environ["TOKEN"]}})
     elif method == "tools/call":
         say({"id": request["id"], "result": call(request["id"], params["name"], params.get("arguments") or {})})
     else:

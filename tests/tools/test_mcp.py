@@ -286,6 +286,14 @@ async def test_a_server_that_hangs_times_out_and_the_next_call_finds_a_new_one(
         assert (await call(session, "count")).text == "1"
 
 
+async def test_a_servers_start_is_not_the_tools_own_time() -> None:
+    registry = ToolRegistry.from_tools([McpServer(plain("delay=1.5"))], {"count": {"timeout": 1}})
+    async with trajectory(registry) as session:
+        record = await call(session, "count")
+    assert (record.status, record.text) == (CallStatus.OK, "1")
+    assert record.queue_s > 1 > record.run_s
+
+
 async def test_a_server_that_is_only_slow_keeps_its_session() -> None:
     async with trajectory(ToolRegistry.from_tools([McpServer(plain(call_timeout_s=1))])) as session:
         assert (await call(session, "count")).text == "1"
@@ -315,6 +323,8 @@ async def test_the_servers_environment_is_what_the_configuration_names(monkeypat
     config = plain(env={"A": "b", "TOKEN": {"env": "THEIR_SECRET"}}, inherit_env=["HANDED_ON", "NOT_SET_ANYWHERE"])
     async with trajectory(ToolRegistry.from_tools([McpServer(config)])) as session:
         environment = json.loads((await call(session, "env")).text)
+        refused = await call(session, "refuse")
+    assert (refused.status, refused.text) == (CallStatus.ERROR, "Error: not with [secret]")
     environment.pop("LC_CTYPE", None)  # Python sets it for itself
     assert environment == {"A": "b", "TOKEN": "[secret]", "HANDED_ON": "handed_on"}
 

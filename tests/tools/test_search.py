@@ -282,13 +282,16 @@ async def test_a_service_is_asked_as_search_r1_asks_and_concurrent_queries_trave
         headers = {"Authorization": {"env": "SEARCH_TOKEN", "format": "Bearer {}"}}
         tool = Search({"url": url, "top_k": 2, "batch_wait_s": 0.05, "headers": headers})
         found = await ask(tool, "one", "two", {"query": "three", "top_k": 1})
+        (repeated,) = await ask(tool, "t0ken")
+    assert "t0ken" not in repeated.text
+    assert "about [secret]" in repeated.text
     assert found[1].text == "[1] two\nabout two\n\n[2] Title 1 (id: 1)\ntext 1"
     assert found[2].text == "[1] three\nabout three"
     expected = [
         {"queries": ["one", "two"], "topk": 2, "return_scores": True},
         {"queries": ["three"], "topk": 1, "return_scores": True},
     ]
-    assert sorted(service.asked, key=lambda body: -body["topk"]) == expected
+    assert sorted(service.asked[:2], key=lambda body: -body["topk"]) == expected
     assert service.headers[0]["Authorization"] == "Bearer t0ken"
     assert found[0].metrics == {"hits": 2}
 

@@ -67,6 +67,10 @@ class Connection:
             async with _starting:
                 return await self._start()
 
+    async def ready(self) -> None:
+        """Waits until there is a session. Raises `ToolInfraError`."""
+        await self._client()
+
     async def _start(self) -> tuple[_Live, Client]:
         live = _Live()
         ready: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
@@ -188,8 +192,9 @@ class Connection:
             raise ToolInfraError(f"the connection was lost: {_why(error)}") from error
 
     def _judge(self, live: _Live, error: MCPError) -> ToolError:
-        lost = error.code == mcp_types.CONNECTION_CLOSED or live.over.is_set()
-        lost = lost or (error.code == mcp_types.INVALID_REQUEST and error.message == "Session terminated")  # the SDK's words
+        # The SDK's words: -32000 (`CONNECTION_CLOSED`) alone is what servers use for errors of their own.
+        ended = {(mcp_types.CONNECTION_CLOSED, "Connection closed"), (mcp_types.INVALID_REQUEST, "Session terminated")}
+        lost = live.over.is_set() or (error.code, error.message) in ended
         if lost:
             live.over.set()
             return ToolInfraError(f"the connection was lost: {error.message}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import mcp_types
 
-from agentloop.errors import ConfigError, ToolInfraError, nearest
+from agentloop.errors import ConfigError, ToolError, ToolInfraError, nearest
 from agentloop.tools.base import BaseTool, ToolResult, ToolSet
 from agentloop.tools.mcp.background import away, submit
 from agentloop.tools.mcp.config import HttpServer, ServerConfig, read_config
@@ -17,6 +17,7 @@ from agentloop.tools.mcp.schema import import_schema
 from agentloop.tools.names import NAME
 from agentloop.tools.secrets import redact, resolve
 from agentloop.tools.session import current_session
+from agentloop.tools.threads import queueing
 
 
 class McpServer(ToolSet):
@@ -62,7 +63,12 @@ class McpTool(BaseTool):
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> ToolResult:
         connection = self._sessions.of(self.instances[instance_id])
-        result = await away(connection.call(self._remote_name, parameters))
+        with queueing():  # a start has a limit of its own, and waits for those of other trajectories
+            await away(connection.ready())
+        try:
+            result = await away(connection.call(self._remote_name, parameters))
+        except ToolError as error:
+            raise type(error)(redact(str(error), self._sessions.hidden)) from error
         text = _shorten(redact(_as_text(result), self._sessions.hidden), self._sessions.config.max_output_chars)
         if result.is_error:
             return ToolResult(text or "Error: the tool failed and did not say why.", error=True)

@@ -18,7 +18,7 @@ from agentloop.tools.search.corpus import Columns
 from agentloop.tools.search.hits import Hit, as_text
 from agentloop.tools.search.index import words
 from agentloop.tools.search.retriever import Refused, Retriever
-from agentloop.tools.secrets import Setting, resolve
+from agentloop.tools.secrets import Setting, redact, resolve
 from agentloop.tools.threads import run_blocking
 
 MAX_QUERY_CHARS = 1000
@@ -71,8 +71,9 @@ class Search(BaseTool):
         self._settings = _settings(given)
         self._build: Build | None = None
         self._service: Retriever | None = None
+        self._hidden: tuple[str, ...] = ()
         if isinstance(self._settings, ServiceConfig):
-            headers, _ = resolve(self._settings.headers, "config.headers")
+            headers, self._hidden = resolve(self._settings.headers, "config.headers")
             self._service = Retriever(
                 self._settings.url,
                 headers,
@@ -113,7 +114,7 @@ class Search(BaseTool):
                 hits = await self._service.search(query, top_k)
             except Refused as error:
                 return ToolResult(str(error), error=True)
-            text = as_text(hits, query, self._settings.snippet_chars)
+            text = redact(as_text(hits, query, self._settings.snippet_chars), self._hidden)
         else:
             hits, text = await run_blocking(self._search, query, top_k)
         return ToolResult(text, metrics={"hits": len(hits)})
