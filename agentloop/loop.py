@@ -454,6 +454,8 @@ class AgentLoop:
         room = config.max_response_tokens - trajectory.response_len - config.answer_reserve_tokens
         last_is_next = config.final_turn_without_tools and len(trajectory.turns) == config.max_turns - 1
         note = f"\n{config.final_turn_note}" if last_is_next else ""
+        if last_is_next and run.session is not None and run.session.final:
+            note += f" A call of {' or '.join(map(repr, sorted(run.session.final)))} is still taken."
         fitted = await fit(renderer, sampled, messages, room, note)
         if fitted is None:
             raise _End(EndReason.TOKEN_LIMIT, f"the tool answers of turn {turn.index} leave no room for the model")

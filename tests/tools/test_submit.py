@@ -77,6 +77,14 @@ async def test_in_a_last_turn_without_tools_it_is_taken_all_the_same(tokenizer: 
     assert [record.status for record in t.turns[0].calls] == [CallStatus.NOT_RUN, CallStatus.OK]
 
 
+async def test_the_note_before_a_last_turn_says_that_it_is_still_taken(tokenizer: Any) -> None:
+    script = [asks("repeat", text="a") + END, asks("submit", answer="3") + END]
+    t, asked = await run(tokenizer, script, max_turns=2, final_turn_without_tools=True)
+    assert asked == ["3"]
+    note = "Give your final answer now. A call of 'submit' is still taken."
+    assert note in tokenizer.decode(t.input_ids)
+
+
 async def test_a_failure_of_the_machinery_beside_it_masks_the_trajectory(tokenizer: Any) -> None:
     t, asked = await run(tokenizer, [asks("flaky") + "\n" + asks("submit", answer="3") + END])
     assert (t.end_reason, t.masked, asked) == (EndReason.TOOL_FAILURE, True, [])
