@@ -524,7 +524,9 @@ class _Reader:
         if name == "{":
             if self._take("\\}"):
                 return Node("set")
+            bars, self._bars = self._bars, 1
             items = self._deeper(self._list)
+            self._bars = bars
             if self._take("|", "\\mid", ":"):
                 condition = self._deeper(self._list)
                 self._expect("\\}")

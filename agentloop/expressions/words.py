@@ -77,7 +77,7 @@ ENVIRONMENTS = _words("pmatrix bmatrix matrix Bmatrix vmatrix Vmatrix smallmatri
 LISTS = _words("cases aligned align align* gathered split")
 NO_FACTOR = _words(
     "cup cap setminus backslash bigcup pm mp times cdot div ast \\ } rangle end land lor wedge vee not circ rvert rfloor rceil "
-    "right rVert vert"
+    "right rVert vert mid"
 )
 """Commands that no factor begins with."""
 SPACES = {"R": "R", "Q": "Q", "Z": "Z", "N": "N", "C": "C"}

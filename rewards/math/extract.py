@@ -32,6 +32,7 @@ _WEAK = re.compile(r"(?:therefore|thus|hence|so)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s+[A-Z<\[*]|\s*$|\s*\n)|<\|")
 _JOIN = re.compile(r"\b(?:and|or)\b|,|;", re.IGNORECASE)
 _HEDGE = re.compile(r"[\s.,;$]*(?:or|alternatively|maybe|perhaps|possibly)\b", re.IGNORECASE)
+_DENIED = re.compile(r"(?:\bnot|n't|\bnever|\bneither|\bnor)\s*\$?$", re.IGNORECASE)
 _EMPTY_GAP = re.compile(r"(?:[^\w\\]|\\[^A-Za-z]|\\q?quad)*")
 _PERCENT_AFTER = re.compile(r"\}?\$?\s*(?:\\?%|percent\b|pct\b)")
 _NUMBER = re.compile(
@@ -78,17 +79,28 @@ def find_answer(text: str, *, marked_only: bool = False) -> Found:
         return Found((phrase,), "phrase")
     if not marks:
         return Found((), "none") if marked_only else _unmarked(text)
-    last = marks[-1]
-    if last.how != "box":
-        inner = find_answer(last.content, marked_only=True) if last.how == "tag" else None
-        return Found(inner.parts if inner is not None and inner.parts else (last.content,), last.how)
-    joined = [last]
+    marks = _outermost(marks)
+    joined = [marks[-1]]
     for mark in reversed(marks[:-1]):
-        if mark.how != "box" or not _joined(text[mark.end : joined[-1].start]):
+        if not _joined(text[mark.end : joined[-1].start]):
             break
         joined.append(mark)
     parts = [mark.content + (" \\%" if _PERCENT_AFTER.match(text, mark.end) else "") for mark in reversed(joined)]
-    return Found(tuple(dict.fromkeys(parts)), "box")
+    return Found(tuple(dict.fromkeys(parts)), marks[-1].how)
+
+
+def _outermost(marks: list[_Mark]) -> list[_Mark]:
+    """Without marks within others; a tag that holds a box is what that says."""
+    kept: list[_Mark] = []
+    for mark in marks:
+        if kept and mark.end <= kept[-1].end:
+            continue
+        if mark.how in ("tag", "hash"):
+            inner = find_answer(mark.content, marked_only=True) if "boxed" in mark.content else None
+            if inner is not None and inner.how == "box" and len(inner.parts) == 1:
+                mark = _Mark(mark.start, mark.end, inner.parts[0], mark.how)
+        kept.append(mark)
+    return kept
 
 
 def _joined(gap: str) -> bool:
@@ -140,15 +152,15 @@ def _loose_end(text: str, start: int) -> int | None:
 
 def _tags(text: str) -> list[_Mark]:
     marks: list[_Mark] = []
-    opened: int | None = None
+    opened: re.Match[str] | None = None
     for tag in _TAG.finditer(text):
         if not tag[1]:
-            opened = tag.end()
+            opened = tag
         elif opened is not None:
-            marks.append(_Mark(opened, tag.end(), text[opened : tag.start()].strip()[:MAX_ANSWER], "tag"))
+            marks.append(_Mark(opened.start(), tag.end(), text[opened.end() : tag.start()].strip()[:MAX_ANSWER], "tag"))
             opened = None
     if opened is not None:
-        marks.append(_Mark(opened, len(text), "", "truncated"))
+        marks.append(_Mark(opened.start(), len(text), "", "truncated"))
     return marks
 
 
@@ -221,10 +233,12 @@ def _spans(text: str) -> list[str]:
     begin = len(text)
     for start, end, content in reversed(spans):
         gap = text[end:begin] if pieces else ""
-        if pieces and (not _JOIN.search(gap) or _JOIN.sub("", gap).strip(" .$")):
+        if pieces and (_JOIN.sub("", gap).strip(" .$") or (gap.strip() and not _JOIN.search(gap)) or "\n" in gap):
             break
         if not pieces and _PERCENT_AFTER.match(text, end):
             content += " \\%"
+        if _DENIED.search(text[max(0, start - 12) : start]):
+            return []
         if not content:  # mathematics that is not closed in its line
             break
         pieces.append(content)

@@ -185,6 +185,11 @@ def test_different(gold: str, answer: str) -> None:
         ("A2B", ("A2B",)),
         ("no idea at all, sorry about that", ()),
         ("", ()),
+        ("<answer>6</answer> <answer>5</answer>", ("6", "5")),
+        (r"\boxed{6} <answer>5</answer>", ("6", "5")),
+        ("#### 6\n#### 5", ("6", "5")),
+        ("so we get 1 2 3", ("1 , 2 , 3",)),
+        ("The answer is unknown, not 5.", ("unknown, not 5",)),
     ],
 )
 def test_what_is_found(text: str, parts: tuple[str, ...]) -> None:
@@ -272,7 +277,8 @@ async def test_grading_in_the_pool(grader: Grader) -> None:
     assert rewards[3].info == {"verdict": "correct", "answer": "3", "how": "box"}
     assert (await grader.grade("5", ["4", 5])).value == 1.0
     assert (await grader.grade("0.5", 0.5)).value == 1.0
-    for wrong in (None, True, {}, []):
+    wrongs: list[Any] = [None, True, {}, []]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="ground truth"):
             await grader.grade("5", wrong)
 

@@ -20,8 +20,9 @@ async def tool() -> AsyncIterator[SympyMath]:
 
 
 async def ask(tool: SympyMath, operation: str, expression: str, **more: Any) -> str:
-    parameters = SympyMath.Arguments(operation=operation, expression=expression, **more).model_dump()  # type: ignore[arg-type]
-    response, _, _ = await tool.execute("i", parameters)
+    parameters = SympyMath.Arguments(operation=operation, expression=expression, **more).model_dump()
+    answered: Any = await tool.execute("i", parameters)
+    response = answered[0]
     assert response.error == response.text.startswith("Error: ")
     return str(response.text)
 
