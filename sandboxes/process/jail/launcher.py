@@ -465,6 +465,37 @@ class Run:
         return {"status": status, "error": error, "exit_code": code, "value_cut": value_cut}
 
 
+def warm_up(plan: Plan) -> None:
+    """Serve a few runs in the zygote, of an interpreter that is not there: what Python writes into code that runs for the
+    first times is then shared by all launchers."""
+    wakeup, ignored = signal.set_wakeup_fd(-1), signal.getsignal(signal.SIGINT)
+    (control, _c), (template, _t), (session, client), (channel, answers) = (socket.socketpair() for _ in range(4))
+    out, err = os.pipe2(os.O_NONBLOCK), os.pipe2(os.O_NONBLOCK)
+    place = Place(plan, Group(), control, template)
+    place.session = session
+    place.limits = {"value_bytes": 1, "output_bytes": 1, "memory_mb": 1, "processes": 1, "cpu_s": 1.0}
+    place.interpreter = Child(1, out[0], err[0], channel)
+    channel.setblocking(False)
+    head = {"op": "run", "id": 1, "once": False, "language": "python", "files": [], "fetch": [], "timeout": 5.0}
+    replies = wire.Unpacker()
+    report = driver.REPORT.pack(driver.OK, 1, 0, 1, 1) + b"1"
+    for _ in range(24):
+        client.send(wire.pack(head, [b"1", b""]))
+        _, blobs = place._request()
+        run = Run(place, place.interpreter, wire.pack(head, blobs), place.limits, time.monotonic() + 5, None, shell=False)
+        answers.send(report)
+        os.write(out[1], b"x")
+        place._send({**NO_RESULT, **run.verdict(run.go(), False)}, [run.out.result()[0], run.value or b""])
+        list(replies.feed(client.recv(1 << 16)))
+        answers.recv(1 << 16)
+    for end in (control, _c, template, _t, session, client, channel, answers):
+        end.close()
+    for fd in (*out, *err, place.wake):
+        os.close(fd)
+    os.close(signal.set_wakeup_fd(wakeup))
+    signal.signal(signal.SIGINT, ignored)
+
+
 def main(plan: Plan, group: Group, control: socket.socket, template: socket.socket) -> None:
     """Serve leases from the pool until it has gone. Messages from it are JSON lines with a session's socket."""
     place = Place(plan, group, control, template)

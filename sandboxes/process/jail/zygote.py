@@ -82,6 +82,7 @@ def preload(modules: list[str]) -> None:
     for name in modules:
         importlib.import_module(name)
     driver.warm_up()
+    launcher.warm_up(Plan(None, False, False, 1, 1, {}))
     gc.collect()
     gc.freeze()  # what is shared stays shared: no collection writes to it
     gc.disable()
