@@ -26,6 +26,7 @@ from agentloop.expressions.words import (
     NO_FACTOR,
     PERCENT,
     RELATIONS,
+    SCALES,
     SPACES,
     STYLES,
     UNITS,
@@ -191,6 +192,12 @@ class _Reader:
         text = " ".join(words).strip(" .,:;()").casefold()
         if text in PERCENT:
             return Node("percent", (node,))
+        scale, _, rest = text.partition(" ")
+        if scale in SCALES and node.op in ("num", "neg", "div", "add"):
+            node, text = Node("mul", (node, number(SCALES[scale]))), rest
+            words = rest.split()
+            if not words:
+                return node
         bare = {word.strip(".,:;()").casefold() for word in words}
         if bare & DOUBT or bare & JOINING or any(any(c.isdigit() for c in word) for word in words if word[0] != "^"):
             raise Unreadable(f"'{text[:40]}' changes what stands before it")

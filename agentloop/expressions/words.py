@@ -141,6 +141,7 @@ _UNITS: dict[str, tuple[str, str, str]] = {  # words: (dimension, factor to the 
 }
 UNITS = {word: value for words, value in _UNITS.items() for word in words.split()}
 """Word to (dimension, factor to the dimension's base unit, name)."""
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 PERCENT = frozenset({"percent", "pct", "percentage", "percents", "%", "\\%"})
 _COUNTED = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ def read_answer(text: str) -> Answer:
     if len(text) > MAX_LENGTH * 2:
         return Answer((), "", "", False, None)
     text = plain(text).strip()
+    if text.startswith("**") and text.endswith("**") and len(text) > 4:  # Markdown
+        text = text[2:-2].strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     bare = _unwrapped(text)
     trees: list[Node] = []
@@ -58,6 +61,9 @@ def read_answer(text: str) -> Answer:
             continue
         if tree not in trees:
             trees.append(tree)
+    if not trees and not any(c.isdigit() for c in bare):  # \\text{A, B}
+        with contextlib.suppress(Unreadable):
+            trees.append(parse(bare))
     if bare.casefold() in NUMBER_WORDS:
         trees = [number(NUMBER_WORDS[bare.casefold()])]
     elif bare.casefold().removeprefix("the ").rstrip("s") in _PHRASES:
