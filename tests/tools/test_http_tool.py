@@ -61,6 +61,8 @@ class Shop:
             return web.Response(body=gzip.compress(b"x" * 10**6), headers={"Content-Encoding": "gzip"})
         if kind == "latin":
             return web.Response(body="é".encode("latin-1"), headers={"Content-Type": "text/plain; charset=latin-1"})
+        if kind == "punycode":  # it takes time that grows with the square of the length
+            return web.Response(body=b"a" * 9 + b"-b", headers={"Content-Type": "text/plain; charset=Punycode"})
         if kind == "here":
             return web.Response(status=302, headers={"Location": "/answer/echo"})
         if kind == "circle":
@@ -189,6 +191,7 @@ async def test_an_argument_cannot_add_headers_or_parameters() -> None:
         ("image", CallStatus.OK, "[the answer is no text: image/png, 4 bytes]"),
         ("empty", CallStatus.OK, "Done: status 204 No Content, no content."),
         ("latin", CallStatus.OK, "é"),
+        ("punycode", CallStatus.OK, "aaaaaaaaa-b"),
         ("here", CallStatus.OK, "/answer/echo None"),
         ("circle", CallStatus.ERROR, "more than 3 redirects"),
     ],

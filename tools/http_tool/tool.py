@@ -26,6 +26,7 @@ from agentloop.tools.names import NAME
 from agentloop.tools.secrets import FromEnvironment, Setting, redact, resolve
 
 MAX_REDIRECTS = 3
+_SLOW = {"punycode", "idna", "unicode_escape", "raw_unicode_escape"}  # Python's, of no service, and up to quadratic
 _MAX_DESCRIPTION = 1000
 _MAX_ERROR = 2000  # characters of an error's body
 _OURS = {"401", "407", "408", "425", "429"}
@@ -205,6 +206,8 @@ def _text(content_type: str, body: bytes) -> str:
     textual = kind.startswith("text/") or kind.endswith(("json", "xml", "yaml", "javascript", "x-www-form-urlencoded", "csv"))
     if not textual and (kind or b"\0" in body):
         return f"[the answer is no text: {kind or 'binary data'}, {len(body)} bytes]" if body else ""
+    if charset.replace("-", "_") in _SLOW:
+        charset = "utf-8"
     try:
         return body.decode(charset, errors="replace").strip()
     except (LookupError, UnicodeError):

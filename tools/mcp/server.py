@@ -63,9 +63,9 @@ class McpTool(BaseTool):
 
     async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> ToolResult:
         connection = self._sessions.of(self.instances[instance_id])
-        with queueing():  # a start has a limit of its own, and waits for those of other trajectories
-            await away(connection.ready())
         try:
+            with queueing():  # a start has a limit of its own, and waits for those of other trajectories
+                await away(connection.ready())
             result = await away(connection.call(self._remote_name, parameters))
         except ToolError as error:
             raise type(error)(redact(str(error), self._sessions.hidden)) from error
