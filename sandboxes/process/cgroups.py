@@ -2,7 +2,7 @@
 
 Groups are made below the one that this process is in, so that the limits of a job or container hold for its sandboxes too.
 All of them are in `agentloop-sandbox-<number>/<place>`; the number is a lock that the pool holds while it lives, so that
-whoever takes the number next knows the folder to be a dead pool's and removes it.
+whoever starts next knows a folder whose number is free to be a dead pool's and removes it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +37,7 @@ V2 = {
     "cpu": "cpu.stat",
 }
 PERIOD_US = 20_000
+PREFIX = "agentloop-sandbox-"
 
 
 @dataclass
@@ -135,7 +138,7 @@ class Groups:
 
     def __init__(self, tree: Tree, number: int, cpus: float | None) -> None:
         self.tree, self.cpus = tree, cpus
-        self.name = f"agentloop-sandbox-{number}"
+        self.name = f"{PREFIX}{number}"
         self.remove()
         for folder in set(tree.folders(self.name).values()):
             folder.mkdir()
@@ -173,11 +176,31 @@ class Groups:
         return fds
 
     def remove(self, place: str | None = None) -> None:
-        """Remove one group, or all. Their processes are dead, but the kernel may take a moment to notice."""
+        """Remove one group, or all. Their processes are dead or dying, and the kernel may take a moment to notice."""
+        until = time.monotonic() + (1.0 if place is not None else 10.0)
         for top in set(self.tree.folders(self.name).values()):
-            folders = [top / place] if place is not None else [*(p for p in _children(top)), top]
-            for folder in folders:
-                _rmdir(folder)
+            for folder in [top / place] if place is not None else [*_children(top), top]:
+                _rmdir(folder, until)
+
+
+def sweep(tree: Tree, take: Callable[[int], AbstractContextManager[object] | None]) -> None:
+    """Remove what pools left that were killed, wherever below the root of a hierarchy their group was: those whose number
+    `take` can hold meanwhile."""
+    for point in {_top(root) for root in tree.roots.values()}:
+        for folder in point.rglob(f"{PREFIX}*"):
+            number = folder.name.removeprefix(PREFIX)
+            held = take(int(number)) if number.isdigit() else None
+            if held is not None:
+                with held:
+                    for path in (*_children(folder), folder):
+                        _rmdir(path, 0.0)
+
+
+def _top(folder: Path) -> Path:
+    """The mount point that `folder` is in."""
+    while not folder.is_mount() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def _children(folder: Path) -> list[Path]:
@@ -186,13 +209,15 @@ def _children(folder: Path) -> list[Path]:
     return []
 
 
-def _rmdir(folder: Path) -> None:
-    for _ in range(200):
+def _rmdir(folder: Path, until: float) -> None:
+    while True:
         try:
             folder.rmdir()
         except FileNotFoundError:
             return
         except OSError:
+            if time.monotonic() > until:
+                return
             time.sleep(0.005)
         else:
             return

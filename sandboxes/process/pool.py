@@ -66,7 +66,10 @@ class Pool(Service):
         check(self.layers, self.settings["require"], self.settings["kind"])
         self.active = {layer.name for layer in self.layers if layer.active}
         self.number, self.lock = _number()
-        self.groups = cgroups.Groups(cgroups.find(), self.number, self.settings["cpus"])
+        tree = cgroups.find()
+        ours = contextlib.nullcontext()
+        await asyncio.to_thread(cgroups.sweep, tree, lambda number: ours if number == self.number else _lock(number))
+        self.groups = cgroups.Groups(tree, self.number, self.settings["cpus"])
         self.places: dict[int, Place] = {}
         self.ready: deque[Place] = deque()
         self.waiters: deque[Waiter] = deque()
@@ -425,11 +428,17 @@ def _sites() -> list[str]:
 def _number() -> tuple[int, socket.socket]:
     """The first number that no living pool of this machine has, and the socket that holds it."""
     for number in range(64):
-        lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            lock.bind(f"\0agentloop-sandbox-{number}")
-        except OSError:
-            lock.close()
-        else:
+        lock = _lock(number)
+        if lock is not None:
             return number, lock
     raise SandboxError("64 pools of sandboxes run on this machine already")
+
+
+def _lock(number: int) -> socket.socket | None:
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        lock.bind(f"\0{cgroups.PREFIX}{number}")
+    except OSError:
+        lock.close()
+        return None
+    return lock

@@ -474,3 +474,15 @@ async def test_code_cannot_pass_its_doing_off_as_the_machinerys(sandbox: Sandbox
         result = await sandbox.run(code, timeout=4)
         assert result.status is not Status.INFRA, (code[:80], result)
     assert (await sandbox.run("6 * 7")).value == "42"
+
+
+async def test_the_groups_of_a_killed_pool_are_removed_by_the_next():
+    if missing("process"):
+        pytest.skip(missing("process"))
+    from agentloop.sandboxes.process import cgroups
+
+    left = cgroups.find().roots["memory"] / "agentloop-sandbox-63" / "place-0"
+    left.mkdir(parents=True, exist_ok=True)
+    async with load_sandbox({"kind": "process", **SETTINGS, "scope": "process"}) as sandbox:
+        assert (await sandbox.run("1")).value == "1"
+        assert not left.parent.exists()
