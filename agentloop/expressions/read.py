@@ -55,7 +55,7 @@ class _Reader:
 
     @property
     def _next(self) -> Token:
-        return self._tokens[self._at]
+        return self._tokens[min(self._at, len(self._tokens) - 1)]
 
     def _is(self, *texts: str) -> bool:
         token = self._next
@@ -219,8 +219,11 @@ class _Reader:
             key = token.text if token.kind == "char" else "\\" + token.text if token.kind == "cmd" else ""
             if key == "\\not":
                 self._at += 1
-                operators.append({"=": "!=", "\\in": "notin"}.get(self._next_key(), "not"))
+                negated = {"=": "!=", "\\in": "notin"}.get(self._next_key())
+                if negated is None:
+                    raise Unreadable(f"'\\not' before {self._named()}")
                 self._at += 1
+                operators.append(negated)
             elif key in RELATIONS:
                 self._at += 1
                 operators.append(RELATIONS[key])

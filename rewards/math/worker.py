@@ -27,13 +27,26 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         return {**result, "verdict": "no_ground_truth"}
     if not any(part.strip() for part in found.parts):
         return {**result, "verdict": "truncated" if found.how == "truncated" else "no_answer"}
-    answers = [read_answer(part) for part in found.parts]
+    try:
+        return {**result, "verdict": _verdict(golds, found.parts)}
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        # A text that the reader stumbles over is not read. Were that a failure of the machinery, writing one would be a way
+        # not to be graded. It is one if the ground truth alone brings it about.
+        for gold in golds:
+            _verdict([gold], (gold,))
+        return {**result, "verdict": "unreadable", "error": f"{type(error).__name__}: {error}"[:200]}
+
+
+def _verdict(golds: list[str], parts: tuple[str, ...]) -> str:
+    answers = [read_answer(part) for part in parts]
     answer = answers[-1] if len(answers) == 1 or all(same_answer(answers[-1], one) for one in answers) else _together(answers)
     if answer is None or not answer.readable:
-        return {**result, "verdict": "unreadable" if len(answers) == 1 else "conflicting"}
+        return "unreadable" if len(answers) == 1 else "conflicting"
     if any(same_answer(truth, answer) for gold in golds for truth in _truths(gold)):
-        return {**result, "verdict": "correct"}
-    return {**result, "verdict": "wrong" if len(answers) == 1 or any(_several(gold) for gold in golds) else "conflicting"}
+        return "correct"
+    return "wrong" if len(answers) == 1 or any(_several(gold) for gold in golds) else "conflicting"
 
 
 def _together(answers: list[Answer]) -> Answer | None:
