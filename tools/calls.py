@@ -290,7 +290,8 @@ class RegistrySession(ToolSession):
                 return failure  # a retry that was cut off says nothing new
             again = outcome.status is CallStatus.INFRA or (policy.on_error == "retry" and not outcome.answered)
             backoff = _backoff(tally.attempts - 1)
-            if not again or outcome.late or tally.refused or tally.attempts > policy.extra_attempts or now() + backoff >= end:
+            over = outcome.late or tally.refused or self._closed or now() + backoff >= end
+            if not again or over or tally.attempts > policy.extra_attempts:
                 return outcome
             failure = outcome
             await asyncio.sleep(backoff)
@@ -316,6 +317,8 @@ class RegistrySession(ToolSession):
                 tally.waits[what] = tally.waits.get(what, 0.0) + seconds
             if now() >= end:
                 return too_late(entry.name, limit)
+            if self._closed:
+                return refused(entry.name, "the trajectory has ended")
             if why := entry.breaker.refusal():  # it may have opened while this call was waiting
                 tally.refused = True
                 return refused(entry.name, why)

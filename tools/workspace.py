@@ -137,9 +137,10 @@ class SandboxTool(BaseTool):
         super().__init__(config, tool_schema)
         sandbox = load_sandbox(self.settings.sandbox, where="key 'config.sandbox'")
         self.languages = sandbox.languages
-        self.limits: Limits = sandbox.config.limits  # type: ignore[attr-defined]
-        given = {"kind": self.settings.sandbox} if isinstance(self.settings.sandbox, str) else self.settings.sandbox
-        self._key = json.dumps(given, sort_keys=True, default=str)
+        read: Any = sandbox.config  # type: ignore[attr-defined]
+        self.limits: Limits = read.limits
+        # As read, with all defaults: `process` and `{kind: process}`, 5 and 5.0 are the same.
+        self._key = json.dumps({"kind": sandbox.kind, **read.model_dump(mode="json")}, sort_keys=True, default=str)
         self.lane = f"sandbox {self._key}"
 
     @property

@@ -33,6 +33,36 @@ async def test_state_lives_as_long_as_the_trajectory() -> None:
     assert counter.instances == {}
 
 
+async def test_a_call_that_outlives_its_session_is_not_tried_again() -> None:
+    class Breaks(BaseTool):
+        """Fails once its trajectory is over."""
+
+        name = "breaks"
+
+        class Arguments(BaseModel):
+            pass
+
+        async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> str:
+            await over.wait()
+            raise ToolInfraError("it is gone")
+
+        async def release(self, instance_id: str, **kwargs: Any) -> None:
+            over.set()
+
+    over = asyncio.Event()
+    policies = {"breaks": {"retries": 5, "max_concurrency": 1}}
+    async with opened(ToolRegistry.from_tools([Breaks()], policies)) as session:
+        calls = [asyncio.create_task(call(session, "breaks")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+    first, waiting = await asyncio.gather(*calls)
+    assert (first.status, first.attempts, first.text) == (
+        CallStatus.INFRA,
+        1,
+        "The tool 'breaks' is not available: it is gone",
+    )
+    assert (waiting.status, waiting.attempts) == (CallStatus.INFRA, 0)
+
+
 async def test_only_the_selected_tools_are_created_and_offered_in_the_registrys_order() -> None:
     counter = Counter()
     registry = ToolRegistry.from_tools([counter, repeat, Sleeper()])

@@ -308,6 +308,12 @@ async def test_work_that_a_failed_sandbox_lost_is_not_silently_begun_anew(regist
         assert (await file(session, "list")).status is CallStatus.INFRA
 
 
+def test_equal_settings_are_equal_however_they_are_written() -> None:
+    one = Python({"sandbox": "process"})
+    assert File({"sandbox": {"kind": "process", "limits": {"timeout_s": 10}}}).lane == one.lane
+    assert Shell({"sandbox": {"kind": "process", "limits": {"timeout_s": 11}}}).lane != one.lane
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------------
 
 
