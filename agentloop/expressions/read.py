@@ -187,6 +187,7 @@ class _Reader:
             else:
                 break
             self._at += 1
+        words = [word for word in words if word]
         if not words:
             return node
         text = " ".join(words).strip(" .,:;()").casefold()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agentloop.errors import ConfigError
 from agentloop.rewards import load_reward
@@ -261,6 +263,94 @@ def test_the_sets_are_judged_alike_from_both_sides(name: str) -> None:
         gold, answer = pair["g"], pair["p"]
         if gold.strip() and answer.strip():
             assert equal(gold, answer) == equal(answer, gold), pair
+
+
+PIECES = [
+    r"\frac",
+    r"{",
+    r"}",
+    r"1",
+    r"2",
+    r"x",
+    r"^",
+    r"_",
+    r"(",
+    r")",
+    r"[",
+    r"]",
+    r",",
+    r";",
+    r"\{",
+    r"\}",
+    r"\pm",
+    r"+",
+    r"-",
+    r"*",
+    r"/",
+    r"=",
+    r"<",
+    r"\le",
+    r"\sqrt",
+    r"\text{cm}",
+    r"\cup",
+    r"\infty",
+    r"\begin{pmatrix}",
+    r"\end{pmatrix}",
+    r"&",
+    r"\\",
+    r"|",
+    r"!",
+    r"%",
+    r"^\circ",
+    r"\in",
+    r"\mathbb{R}",
+    r"sin",
+    r"log",
+    r"and",
+    r"or",
+    r"e",
+    r"i",
+    r"\pi",
+    r"0",
+    r"'",
+    r":",
+    r"\sum",
+    r"\mid",
+    r"\approx",
+    r"$",
+    r"\boxed{",
+    r"\log_",
+    r"\overline{",
+    r"\begin{cases}",
+    r"\end{cases}",
+    r"\left",
+    r"\not",
+    r"\binom",
+    r"\vec",
+    r"\lfloor",
+    r"\rfloor",
+    r"12",
+    r"0.5",
+    r"1,000",
+    r"\%",
+    r"~",
+    r"?",
+    r"\angle",
+    r"\mathrm{",
+    r"\operatorname{",
+    r"\mathrm{}",
+    r"pm",
+    r"hours",
+    r"A",
+    r"B",
+]
+
+
+@given(*(st.lists(st.sampled_from(PIECES), max_size=14).map("".join) for _ in range(2)))
+@settings(max_examples=500, deadline=None)
+def test_no_text_makes_the_reader_stumble(gold: str, answer: str) -> None:
+    assert equal(gold, answer) == equal(answer, gold) or "pm" in gold + answer
+    assert graded(answer, gold or "5") in VERDICTS
 
 
 # -- in processes that can be killed ----------------------------------------------------------------------------------------
