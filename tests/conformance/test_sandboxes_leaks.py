@@ -37,14 +37,18 @@ LIMITS = Limits(memory_mb=128)
 
 
 def descendants() -> dict[int, str]:
-    """Processes that come from this one, orphans among them, and what they are called."""
+    """Processes that come from this one, orphans among them, and what they are called. Takes the ends of orphans, as the
+    machine's first process would."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             pid, rest = path.read_text().split(" (", 1)
             name, _, fields = rest.rpartition(") ")
-            if fields[0] != "Z":
+            if fields[0] == "Z":
+                if int(fields.split()[1]) == os.getpid():
+                    os.waitpid(int(pid), os.WNOHANG)
+            else:
                 names[int(pid)] = name
                 parents[int(pid)] = int(fields.split()[1])
     found = {os.getpid()}
