@@ -132,7 +132,8 @@ for line in sys.stdin:
     elif method == "tools/list":
         say({"id": request["id"], "result": {"tools": listing()}})
     elif method == "tools/call" and params["name"] == "refuse":
-        say({"id": request["id"], "error": {"code": -32000, "message": "not with " + os.environ["TOKEN"]}})
+        message = "not with " + os.environ["TOKEN"] if "TOKEN" in os.environ else "no" * 100_000
+        say({"id": request["id"], "error": {"code": -32000, "message": message}})
     elif method == "tools/call":
         say({"id": request["id"], "result": call(request["id"], params["name"], params.get("arguments") or {})})
     else:

@@ -264,6 +264,14 @@ async def test_what_a_server_answers_becomes_text() -> None:
         assert (await call(session, "echo", text="on")).text == "on"
 
 
+async def test_a_long_error_loses_its_middle() -> None:
+    async with trajectory(ToolRegistry.from_tools([McpServer(plain(max_output_chars=100))])) as session:
+        record = await call(session, "refuse")
+        assert (record.status, record.text[:9]) == (CallStatus.ERROR, "Error: no")
+        assert "characters left out" in record.text and len(record.text) < 200
+        assert (await call(session, "count")).text == "1"
+
+
 async def test_an_answer_that_is_too_large_is_told_and_the_session_goes_on() -> None:
     async with trajectory(ToolRegistry.from_tools([McpServer(plain())])) as session:
         assert (await call(session, "count")).text == "1"

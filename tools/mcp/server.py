@@ -68,11 +68,14 @@ class McpTool(BaseTool):
                 await away(connection.ready())
             result = await away(connection.call(self._remote_name, parameters))
         except ToolError as error:
-            raise type(error)(redact(str(error), self._sessions.hidden)) from error
-        text = _shorten(redact(_as_text(result), self._sessions.hidden), self._sessions.config.max_output_chars)
+            raise type(error)(self._readable(str(error))) from error
+        text = self._readable(_as_text(result))
         if result.is_error:
             return ToolResult(text or "Error: the tool failed and did not say why.", error=True)
         return ToolResult(text)
+
+    def _readable(self, text: str) -> str:
+        return _shorten(redact(text, self._sessions.hidden), self._sessions.config.max_output_chars)
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         if (key := self.instances.pop(instance_id, None)) is not None:
