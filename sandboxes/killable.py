@@ -320,7 +320,7 @@ class PoolService(Service):
     async def _fill(self) -> None:
         while len(self._idle) + len(self._busy) < self._size:
             try:
-                self._idle.append(await self._fork())
+                self._idle.appendleft(await self._fork())  # taken last: it is cold
             except SandboxError:
                 return  # the next call tries again, and tells its caller
 
