@@ -19,6 +19,7 @@ Schema = dict[str, Any]
 
 _MAX_PROBLEMS = 3  # of one call's arguments, in the text for the model
 _MAX_MESSAGE = 200  # characters of one problem
+_MAX_DEPTH = 100  # of the arguments; far from Python's own limit, which checking and copying them would meet
 
 
 # -- deriving -----------------------------------------------------------------------------------------------------------
@@ -255,6 +256,8 @@ class ArgumentCheck:
         """What is wrong with the arguments, written for the model, or `None`."""
         if not isinstance(arguments, dict):
             return f"the arguments must be a JSON object, not {_kind(arguments)}"
+        if _deeper_than(arguments, _MAX_DEPTH):
+            return f"the arguments are nested more than {_MAX_DEPTH} deep"
         if self._validator.is_valid(arguments):
             return None
         problems: list[str] = []
@@ -277,6 +280,17 @@ class ArgumentCheck:
             return [f"argument '{f'{where}.' if where else ''}{missing}' is missing"]
         message = error.message if len(error.message) <= _MAX_MESSAGE else error.message[: _MAX_MESSAGE - 1] + "…"
         return [f"argument '{where}': {message}" if where else message]
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    """Whether lists and mappings are nested more than `depth` deep, `value` included; without recursion."""
+    level = [value]
+    for _ in range(depth):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+        if not level:
+            return False
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def _kind(value: Any) -> str:

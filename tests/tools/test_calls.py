@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -34,6 +35,23 @@ async def test_arguments_are_checked_before_the_tool_runs(arguments: Any, says: 
     assert "'repeat'" in record.text
     assert len(record.text) < 500
     assert (record.attempts, record.on_error) == (0, "observe"), "what the model does wrong never drops a sample"
+
+
+async def test_arguments_that_are_nested_too_deeply_are_refused() -> None:
+    @tool
+    def depth(data: dict[str, Any]) -> str:
+        """Look at it.
+
+        Args:
+            data: Anything.
+        """
+        return "seen"
+
+    async with opened(ToolRegistry.from_tools([depth])) as session:
+        for levels, status in ((90, CallStatus.OK), (150, CallStatus.INVALID_ARGUMENTS), (900, CallStatus.INVALID_ARGUMENTS)):
+            record = await call(session, "depth", {"data": {"x": json.loads("[" * levels + "]" * levels)}})
+            assert record.status is status, record.text
+    assert "nested more than 100 deep" in record.text
 
 
 async def test_an_unknown_tool_is_answered_with_the_nearest() -> None:
