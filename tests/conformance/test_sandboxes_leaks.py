@@ -9,6 +9,8 @@ import ctypes
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,8 +78,8 @@ def mounts() -> set[str]:
     return {point for point in points if not re.search(r"/(overlay2|overlayfs|containers|containerd)/", point)}
 
 
-def containers() -> set[str]:
-    """Containers that this process has started; `+` stands for an engine that has more roots mounted than containers."""
+def containers(pid: int = os.getpid()) -> set[str]:
+    """Containers that a process has started; `+` stands for an engine that has more roots mounted than containers."""
     import docker
 
     client = docker.from_env(timeout=30)
@@ -85,7 +87,7 @@ def containers() -> set[str]:
         folder = client.info()["DockerRootDir"]
         roots = [line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {folder}/overlay" in line]
         found = client.api.containers(all=True)
-        ours = {entry["Id"] for entry in found if f"/{os.getpid()}/" in entry["Labels"].get("agentloop.owner", "")}
+        ours = {entry["Id"] for entry in found if f"/{pid}/" in entry["Labels"].get("agentloop.owner", "")}
         return ours | ({"+"} if len(roots) > len(found) else set())
     finally:
         client.close()
@@ -182,3 +184,42 @@ async def test_a_few_hundred_runs_leave_nothing(name: str) -> None:
 @pytest.mark.usefixtures("subreaper")
 async def test_thousands_of_runs_leave_nothing(name: str, count: int) -> None:
     await leaves_nothing(name, count, 4)
+
+
+CLIENT = """
+import asyncio, sys
+from agentloop.sandboxes.load import load_sandbox
+
+async def main():
+    async with load_sandbox({"kind": sys.argv[1], "scope": "process"}) as sandbox, sandbox.session() as session:
+        await session.run("x = 1")
+        asyncio.create_task(sandbox.run("import time\\ntime.sleep(60)", timeout=9.0))
+        asyncio.create_task(session.run("while True: pass", timeout=9.0))
+        await asyncio.sleep(0.5)
+        print("under way", flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("name", ["process", "bubblewrap", "docker"])
+@pytest.mark.usefixtures("subreaper")
+async def test_a_client_that_is_killed_leaves_nothing(name: str) -> None:
+    kind = available(name)
+    before = (descendants(), mounts(), dead_groups())
+    client = subprocess.Popen([sys.executable, "-c", CLIENT, name], stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
+    assert client.stdout is not None
+    try:
+        assert client.stdout.readline() == "under way\n"
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
+    async with kind.start() as sandbox:  # removes what a dead run has left
+        assert (await sandbox.run("print(1)")).stdout == "1\n"
+    assert await settled(descendants, before[0]) == before[0]
+    assert await settled(mounts, before[1]) == before[1]
+    assert await settled(lambda: dead_groups() - before[2], set()) == set()
+    if name == "docker":
+        assert await settled(lambda: containers(client.pid), set()) == set()
