@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from agentloop.sandboxes.base import Layer
 from agentloop.sandboxes.process import cgroups
@@ -20,15 +20,17 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache
 UID = 1000
 """Who code is inside; outside it is whoever started the pool."""
 JAIL = "/.agentloop"
+OWN = ("/tmp", "/dev", "/proc", HOME, JAIL)
+"""Code has these to itself; nothing of the host can be there."""
 NAMESPACES = ("user namespace", "mount namespace", "network namespace", "pid namespace", "ipc namespace")
 BWRAP_STOPS = {"user namespace": "having any privilege outside", **{k: v for k, v in STOPS.items() if k != "own uid"}}
 BWRAP_REQUIRED = (*NAMESPACES, "rlimits", "seccomp")
 """Without a group that may be written, memory and processes are counted 20 times a second instead of held by the kernel."""
 
 
-def command(readable: list[str], etc: dict[str, int], argument: list[str]) -> list[str]:
-    """A command line that runs `argument` (of `inside`) as PID 1 of its own namespaces, in a root of read-only binds. `etc`
-    are open files with the text of what is in /etc.
+def command(readable: list[tuple[str, str]], etc: dict[str, int], argument: list[str]) -> list[str]:
+    """A command line that runs `argument` (of `inside`) as PID 1 of its own namespaces, in a root of read-only binds
+    (`readable`: paths here and in there). `etc` are open files with the text of what is in /etc.
 
     It keeps CAP_SYS_ADMIN in its user namespace, for the namespaces and mounts of every place; what is forked to run code
     gives that up, enters a user namespace below, and is kept from making others by seccomp. That is why `--disable-userns`
@@ -45,11 +47,11 @@ def command(readable: list[str], etc: dict[str, int], argument: list[str]) -> li
         "CAP_SYS_ADMIN",
         "--clearenv",
     ]
-    for path in readable:
+    for path, target in readable:
         if os.path.islink(path) and os.path.dirname(path) == "/":
-            words += ["--symlink", os.readlink(path), path]
+            words += ["--symlink", os.readlink(path), target]
         else:
-            words += ["--ro-bind", path, path]
+            words += ["--ro-bind", path, target]
     words += ["--ro-bind", f"{FOLDER}/jail", f"{JAIL}/jail", "--dir", "/dev", "--dir", HOME, "--dir", "/etc"]
     for name, fd in etc.items():
         words += ["--ro-bind-data", str(fd), f"/etc/{name}"]
@@ -65,9 +67,16 @@ def inside(module: str) -> list[str]:
     return [word.replace(FOLDER, JAIL) for word in boot(module)]
 
 
-def existing(paths: Iterable[str]) -> list[str]:
-    """Those that there are, each once, outer ones first."""
-    return sorted({path for path in paths if os.path.exists(path)}, key=lambda path: (path.count("/"), path))
+def existing(paths: Iterable[str], moved: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Those that there are, each once, outer ones first, with where they are in there: the same place, but for those in
+    `moved`."""
+    found = sorted({path for path in paths if os.path.exists(path)}, key=lambda path: (path.count("/"), path))
+    return [(path, (moved or {}).get(path, path)) for path in found]
+
+
+def taken(path: str) -> bool:
+    """Whether code has something of its own at this place, so that the host's cannot be there."""
+    return any(path == own or path.startswith(f"{own}/") for own in OWN)
 
 
 async def probe() -> list[Layer]:

@@ -271,7 +271,7 @@ class Pool(Service):
             "TMPDIR": "/tmp",
             "LANG": "C.UTF-8",
             "TERM": "dumb",
-            "PYTHONPATH": os.pathsep.join(_sites()),
+            "PYTHONPATH": os.pathsep.join(_sites().values()),
             "PYTHONDONTWRITEBYTECODE": "1",
             **ONE_THREAD,
         }
@@ -297,10 +297,14 @@ class Pool(Service):
             etc["passwd"] += f"sandbox:x:{uid}:{uid}::/home/sandbox/work:/bin/sh\n"
             etc["group"] += f"sandbox:x:{uid}:\n"
         wanted = [*bwrap.SYSTEM, sys.base_prefix, sys.base_exec_prefix, *_sites(), *self.settings["readable"]]
-        readable = bwrap.existing(wanted)
-        preload = self.settings["preload"]
-        setup = {"readable": readable, "etc": etc, "sites": _sites(), "preload": preload, "root": str(run_folder())}
-        return {**setup, "env": ONE_THREAD}
+        return {
+            "readable": bwrap.existing(wanted, _sites()),
+            "etc": etc,
+            "sites": list(_sites().values()),
+            "preload": self.settings["preload"],
+            "root": str(run_folder()),
+            "env": ONE_THREAD,
+        }
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -421,8 +425,10 @@ def _text_file(text: str) -> int:
     return fd
 
 
-def _sites() -> list[str]:
-    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages")) and os.path.isdir(path)]
+def _sites() -> dict[str, str]:
+    """Where packages are, here and in there: a virtual environment below /tmp cannot be where it is."""
+    found = [path for path in sys.path if path.endswith(("site-packages", "dist-packages")) and os.path.isdir(path)]
+    return {path: f"/opt/packages-{i}" if bwrap.taken(path) else path for i, path in enumerate(found)}
 
 
 def _number() -> tuple[int, socket.socket]:

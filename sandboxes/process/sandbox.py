@@ -14,6 +14,7 @@ from agentloop.config import Strict
 from agentloop.errors import nearest
 from agentloop.sandboxes.base import Layer, Limits, Result, Sandbox, SandboxError, Status
 from agentloop.sandboxes.node import Node, connect
+from agentloop.sandboxes.process import bwrap
 from agentloop.sandboxes.process.layers import REQUIRED, STOPS, probe
 from agentloop.sandboxes.process.session import LANGUAGES, WireSession, wire_limits
 
@@ -53,6 +54,8 @@ class PoolConfig(Strict):
         for path in paths:
             if not os.path.isabs(path) or os.path.normpath(path) != path or path == "/":
                 raise ValueError(f"{path!r}: expected an absolute path without '..', and not '/'")
+            if bwrap.taken(path):
+                raise ValueError(f"{path!r} cannot be read in there: code has {', '.join(bwrap.OWN)} to itself")
         return paths
 
     @field_validator("preload")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import venv
 
 import pytest
 
@@ -486,3 +487,32 @@ async def test_the_groups_of_a_killed_pool_are_removed_by_the_next():
     async with load_sandbox({"kind": "process", **SETTINGS, "scope": "process"}) as sandbox:
         assert (await sandbox.run("1")).value == "1"
         assert not left.parent.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packages_below_tmp_are_found_although_code_has_a_tmp_of_its_own(kind: str, tmp_path):
+    if missing(kind):
+        pytest.skip(missing(kind))
+    venv.create(tmp_path / "venv", symlinks=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python3*/site-packages")
+    (packages / "planted.py").write_text("X = 41\n")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "paths.pth").write_text("\n".join([*here, os.getcwd()]))
+    script = f"""
+import asyncio
+from agentloop.sandboxes import load_sandbox
+
+async def main():
+    async with load_sandbox({{"kind": {kind!r}, "preload": ["planted"], "idle_s": 1.0}}) as sandbox:
+        print(await sandbox.run("import os, planted; planted.X + 1, os.listdir('/tmp')"))
+
+asyncio.run(main())
+"""
+    done = subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "value='(42, [])'" in done.stdout
+
+
+def test_what_code_has_to_itself_cannot_be_the_hosts():
+    with pytest.raises(ConfigError, match=r"'/tmp/data' cannot be read in there: code has /tmp, "):
+        load_sandbox({"kind": "process", "readable": ["/tmp/data"]})

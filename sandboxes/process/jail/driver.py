@@ -27,7 +27,8 @@ from . import wire
 
 REPORT = struct.Struct("!BBiQI")
 """outcome, whether there is a value, exit code, length of the value, bytes of it that follow."""
-OK, RAISED, MEMORY, LEFT = range(4)
+OK, RAISED, MEMORY, LEFT, EXHAUSTED = range(5)
+"""`EXHAUSTED`: what code keeps in memory leaves this module none to go on with; it ends."""
 OURS = ("jail", *(f"jail.{name}" for name in ("wire", "kernel", "files", "group", "driver", "template", "launcher", "zygote")))
 WARM_UP = (
     ("", "import math\nx = 6\nprint(x, [1], {'a': 2.5})\nx * 7"),
@@ -200,8 +201,21 @@ def warm_up() -> None:
     linecache.cache.clear()
 
 
+NO_MEMORY = REPORT.pack(EXHAUSTED, 0, 1, 0, 0)
+
+
 def serve(channel: int) -> None:
     """Run jobs from `channel` until it ends. Never returns."""
+    pid = os.getpid()
+    try:
+        _serve(channel)
+    except MemoryError:
+        if os.getpid() == pid:
+            os.write(channel, NO_MEMORY)
+        os._exit(1)
+
+
+def _serve(channel: int) -> None:
     interpreter: Interpreter | None = None
     unpacker = wire.Unpacker()
     while True:

@@ -420,10 +420,13 @@ class Run:
         if len(self.report) < driver.REPORT.size:
             return ""
         outcome, has, left, self.length, size = driver.REPORT.unpack_from(self.report)
-        if outcome > driver.LEFT or has > 1 or size > driver.MAX_VALUE:
+        if outcome > driver.EXHAUSTED or has > 1 or size > driver.MAX_VALUE:
             return "garbled"
         if len(self.report) < driver.REPORT.size + size:
             return ""
+        if outcome == driver.EXHAUSTED:
+            self.outcome = driver.MEMORY
+            return self._ended()
         self.outcome, self.left = outcome, left & 0xFF
         self.value = bytes(self.report[driver.REPORT.size :][:size]) if has else None
         return "report"

@@ -35,13 +35,13 @@ LINKS = {
 }
 
 
-def make_root(new: str, readable: list[str], etc: dict[str, str]) -> None:
-    """Mount a new root at `new`, in a namespace of our own, and move into it."""
+def make_root(new: str, readable: list[list[str]], etc: dict[str, str]) -> None:
+    """Mount a new root at `new`, in a namespace of our own, and move into it. `readable`: paths here and in there."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("sandbox", new, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=8m,mode=755")
     bound: list[str] = []
-    for path in readable:
-        _bind_read_only(new, path, bound)
+    for path, inside in readable:
+        _bind_read_only(new, path, inside, bound)
     for name in ("/dev", "/proc", "/etc", HOME):
         os.makedirs(new + name, exist_ok=True)
     for name in DEVICES:
@@ -60,12 +60,12 @@ def make_root(new: str, readable: list[str], etc: dict[str, str]) -> None:
     kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV)
 
 
-def _bind_read_only(new: str, path: str, bound: list[str]) -> None:
-    target = new + path
+def _bind_read_only(new: str, path: str, inside: str, bound: list[str]) -> None:
+    target = new + inside
     if os.path.islink(path) and os.path.dirname(path) == "/":  # /bin -> usr/bin
         os.symlink(os.readlink(path), target)
         return
-    if not any(path.startswith(f"{above}/") for above in bound):
+    if not any(inside.startswith(f"{above}/") for above in bound):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.isdir(path):
             os.makedirs(target, exist_ok=True)
@@ -75,7 +75,7 @@ def _bind_read_only(new: str, path: str, bound: list[str]) -> None:
     kernel.mount(path, target, None, kernel.MS_BIND)
     flags = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount("none", target, None, flags)
-    bound.append(path)
+    bound.append(inside)
 
 
 def preload(modules: list[str]) -> None:
