@@ -218,11 +218,12 @@ def serve(channel: int) -> None:
 def _serve(channel: int) -> None:
     interpreter: Interpreter | None = None
     unpacker = wire.Unpacker()
+    room = bytearray(1 << 18)  # made now: between two runs there may be no memory left for it
     while True:
-        data = os.read(channel, 1 << 20)
-        if not data:
+        size = os.readv(channel, [room])
+        if not size:
             os._exit(0)
-        for head, (code, stdin) in unpacker.feed(data):
+        for head, (code, stdin) in unpacker.feed(bytes(memoryview(room)[:size])):
             if interpreter is None:
                 prepare(head)
                 if head["shell"]:
