@@ -191,6 +191,7 @@ class TrainSide:
         """Trajectories of the step that ended and were not masked: those that verl is given."""
         self._run = run
         self._found = sorted(found, key=lambda item: (item[1], item[0].t))
+        self._last: _Update | None = None
 
     @property
     def arrived(self) -> int:
@@ -202,13 +203,29 @@ class TrainSide:
         """The trainer's steps in which those that have arrived were trained."""
         return {place.step for _, place in self._found}
 
+    @property
+    def ids(self) -> set[str]:
+        """The trajectories whose part has arrived."""
+        return {row.id for row, _ in self._found}
+
     def __iter__(self) -> Iterator[TrainedTrajectory]:
         """Raises `JournalError` if a file is damaged or a row is not of the ledger's tokens."""
-        update: _Update | None = None
         for row, place in self._found:
-            if update is None or update.path != place.file:
-                update = _read(place.file, columns=True)
-            yield _joined(self._run.load(row), update, place.row)
+            yield _joined(self._run.load(row), self._columns(place), place.row)
+
+    def get(self, recorded: RecordedTrajectory) -> TrainedTrajectory | None:
+        """Both sides of one trajectory, which was loaded with its tokens; `None` if the trainer's has not arrived. Raises as
+        looping does."""
+        for row, place in self._found:
+            if row.id == recorded.row.id:
+                return _joined(recorded, self._columns(place), place.row)
+        return None
+
+    def _columns(self, place: _Place) -> _Update:
+        """The last file is kept: neighbours are asked for one after the other."""
+        if self._last is None or self._last.path != place.file:
+            self._last = _read(place.file, columns=True)
+        return self._last
 
 
 class TrainSideIndex:
