@@ -15,7 +15,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -106,7 +106,7 @@ class _Run:
     deadline: float
     """On the event loop's clock."""
     key: str
-    """The engine's name for this trajectory."""
+    """The name of this trajectory for the engine and the tools, unique within the run."""
     parse_failures: int = 0
     text: str = ""
     """Content of the last turn, or what was submitted."""
@@ -179,15 +179,17 @@ class AgentLoop:
         resample: _Resample | None = None
         try:
             renderer = self.renderer if isinstance(self.renderer, Renderer) else self.renderer(sample.template_kwargs)
-            session = self.tools.session(sample, trajectory.id) if self.tools is not None else None
+            key = f"{part}-{trajectory.step}-{trajectory.id}"
+            session = self.tools.session(sample, key) if self.tools is not None else None
             run = _Run(
                 trajectory=trajectory,
                 renderer=renderer,
                 session=session,
                 sampling=replace(sampling, stop_token_ids=(*renderer.stop_token_ids, *sampling.stop_token_ids)),
                 deadline=asyncio.get_running_loop().time() + config.deadlines.trajectory_s,
-                key=f"{part}-{trajectory.step}-{trajectory.id}",
+                key=key,
             )
+            trajectory.sampling = {k: v for k, v in asdict(run.sampling).items() if k != "seed"}
             try:
                 await self._converse(run)
             except _End as end:
@@ -364,6 +366,8 @@ class AgentLoop:
             cached_tokens=answer.cached_tokens,
             generate_s=perf_counter() - started,
             engine_data=answer.data,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
         )
         trajectory.append_sampled(answer.ids, answer.log_probs, turn)
         self.recorder.turn(trajectory, turn)

@@ -184,6 +184,10 @@ class Turn:
     """What the engine adds and the loop hands on unread (routed experts)."""
     version_runs: VersionRuns = ()
     """Versions of the sampled tokens one by one. Empty means that the first and the last say it all."""
+    max_tokens: int | None = None
+    """What the engine was allowed to sample in this turn."""
+    seed: int | None = None
+    """The request's seed."""
 
     @property
     def versions(self) -> VersionRuns:
@@ -241,6 +245,9 @@ class Trajectory:
         self.validate = validate
         self.attempt = 0
         """Counts `resample`: which try at this place of the group this is."""
+        self.sampling: dict[str, Any] | None = None
+        """How its turns are sampled, by the names of `Sampling`; what changes from turn to turn (`max_tokens`, `seed`) is the
+        turns'. `None`: not told."""
         self.turns: list[Turn] = []
         self.state = State.PENDING
         self.end_reason: EndReason | None = None

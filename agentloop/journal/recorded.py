@@ -134,6 +134,10 @@ class RecordedTrajectory:
     """When each turn's generation was recorded, in seconds since 1970."""
     columns: Columns | None
     """`None` if it was loaded without tokens."""
+    answers: list[dict[str, CallRecord]] = field(default_factory=list)
+    """For each turn what its calls came to, by call id, before the loop cut long answers to fit."""
+    sampling: Mapping[str, Any] | None = None
+    """How it was sampled, by the names of `Sampling`; `None` if the writer was not told."""
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -177,6 +181,7 @@ class RecordedTrajectory:
         row, columns = self.row, self._tokens
         trajectory = Trajectory(self.sample, sibling=row.sibling, step=row.step, validate=row.partition == "val")
         trajectory.attempt = row.attempt
+        trajectory.sampling = None if self.sampling is None else dict(self.sampling)
         waiting = list(self.turns)
         start = 0
         for origin, n, turn in self.segments:
@@ -246,8 +251,10 @@ def _build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | Non
             reward = Reward(_number(event["value"]), components, event["info"], turn_rewards)
         elif kind == "traj_end":
             end = event
+    answers: list[dict[str, CallRecord]] = []
     for turn in turns:
         turn.calls = calls.get(turn.index, [])
+        answers.append({record.call.id: record for record in reversed(turn.calls)})  # the first one of each id
         if end is not None and turn.index < len(end["turns"]):
             settled = end["turns"][turn.index]
             turn.calls = [turn.calls[place] for place in settled["calls"]]
@@ -266,7 +273,7 @@ def _build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | Non
         raise JournalError(f"{row.file}: trajectory {row.id}: its tokens are not those that were counted when it ended")
     tools = start["sample"]["tools"]
     sample = Sample(**{**start["sample"], "tools": None if tools is None else tuple(tools)})
-    return RecordedTrajectory(row, sample, turns, texts, reward, segments, times, columns)
+    return RecordedTrajectory(row, sample, turns, texts, reward, segments, times, columns, answers, start.get("sampling"))
 
 
 def _columns(
@@ -332,6 +339,8 @@ def _turn(event: Mapping[str, Any]) -> Turn:
         min_weight_version=event["min_weight_version"],
         cached_tokens=event["cached_tokens"],
         generate_s=event["generate_s"],
+        max_tokens=event.get("max_tokens"),
+        seed=event.get("seed"),
     )
     runs = tuple((version, count) for version, count in event.get("versions", ()))
     if runs != turn.versions:

@@ -126,6 +126,8 @@ class JournalWriter:
         place = Place("val" if trajectory.validate else "train", trajectory.step)
         self._told[trajectory] = told = _Told(trajectory.id, place)
         body = {"sibling": trajectory.sibling, "attempt": trajectory.attempt, "sample": _sample(trajectory.sample)}
+        if trajectory.sampling is not None:
+            body["sampling"] = trajectory.sampling
         self._put(told, "traj_start", body, self._untold(told, trajectory))
 
     @_never_raises
@@ -144,6 +146,8 @@ class JournalWriter:
             "versions": turn.versions,
             "cached_tokens": turn.cached_tokens,
             "generate_s": turn.generate_s,
+            "max_tokens": turn.max_tokens,
+            "seed": turn.seed,
         }
         self._put(told, "turn", body, self._untold(told, trajectory, up_to=turn.end))
 

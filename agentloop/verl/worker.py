@@ -265,6 +265,14 @@ def run_meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
         "tools": schemas,
         "config": container,
         "loop": settings.loop.model_dump(mode="json"),
+        "setup": {
+            "tools": settings.tools,
+            "function_tools": settings.function_tools,
+            "parser": settings.parser,
+            "renderer": settings.renderer,
+            "template_kwargs": settings.template_kwargs,
+            "chat_template": container["actor_rollout_ref"]["model"].get("custom_chat_template"),
+        },
     }
 
 
