@@ -258,7 +258,7 @@ def run_meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
         from agentloop.tools import ToolRegistry
 
         schemas = ToolRegistry.load(settings.tools, settings.function_tools).schemas
-    container = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    container: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     return {
         "seed": settings.seed,
         "model": settings.model_path,
