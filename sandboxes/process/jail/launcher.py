@@ -354,7 +354,7 @@ class Run:
         while True:
             over = self._step(min(self.until, tick))
             if over:
-                return over
+                return (self._excess() if over in ("report", "exit") else "") or over  # it may have been quicker than a tick
             now = time.monotonic()
             if now >= self.until:
                 self._drain()
@@ -364,9 +364,11 @@ class Run:
                 spent = self.place.group.cpu_s()
                 if spent is not None and self.cpu is not None and spent - self.cpu > self.limits["cpu_s"]:
                     return "cpu"
-                excess = self.place.group.excess(self.limits["memory_mb"], self.limits["processes"], HOME)
-                if excess:
+                if excess := self._excess():
                     return excess
+
+    def _excess(self) -> str:
+        return self.place.group.excess(self.limits["memory_mb"], self.limits["processes"], HOME)
 
     def _step(self, until: float) -> str:
         channel = self.child.channel
