@@ -44,7 +44,7 @@ async def generate(engine: Engine, ids: list[int], sampling: Sampling, key: str)
         parts.append(answer)
         sampled += answer.ids
     log_probs = [x for part in parts if part.log_probs is not None for x in part.log_probs]
-    first = parts[0]
+    first = next((part for part in parts if part.ids), parts[0])  # one that was aborted before its first token sampled nothing
     return replace(
         answer,
         ids=sampled,

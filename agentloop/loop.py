@@ -368,6 +368,7 @@ class AgentLoop:
             engine_data=answer.data,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
+            prompt_crc=trajectory.rolling_hash,
         )
         trajectory.append_sampled(answer.ids, answer.log_probs, turn)
         self.recorder.turn(trajectory, turn)

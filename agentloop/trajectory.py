@@ -188,6 +188,8 @@ class Turn:
     """What the engine was allowed to sample in this turn."""
     seed: int | None = None
     """The request's seed."""
+    prompt_crc: int | None = None
+    """`Trajectory.rolling_hash` of the tokens that the engine was given: all before `start`. The audit compares them."""
 
     @property
     def versions(self) -> VersionRuns:

@@ -341,6 +341,7 @@ def _turn(event: Mapping[str, Any]) -> Turn:
         generate_s=event["generate_s"],
         max_tokens=event.get("max_tokens"),
         seed=event.get("seed"),
+        prompt_crc=event.get("prompt_crc"),
     )
     runs = tuple((version, count) for version, count in event.get("versions", ()))
     if runs != turn.versions:

@@ -148,6 +148,7 @@ class JournalWriter:
             "generate_s": turn.generate_s,
             "max_tokens": turn.max_tokens,
             "seed": turn.seed,
+            "prompt_crc": turn.prompt_crc,
         }
         self._put(told, "turn", body, self._untold(told, trajectory, up_to=turn.end))
 
