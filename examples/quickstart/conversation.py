@@ -40,6 +40,8 @@ class Exchange:
     """Without the end-of-turn token."""
     answer: str | None = None
     """`None`: nothing follows, the turn is the last one."""
+    is_taught: bool = True
+    """`False`: a slip that the model is shown, to learn what to do after it."""
 
 
 Transcript = Sequence[Exchange]
@@ -64,13 +66,19 @@ def final(answer: int) -> str:
 def encode(
     tokenizer: PreTrainedTokenizerFast, renderer: Renderer, problem: Problem, transcript: Transcript
 ) -> tuple[list[int], list[int]]:
-    """Ids of the whole conversation, and labels: the same ids where the model writes, -100 elsewhere. Both [length]."""
-    ids = renderer.prompt(messages(problem.question), [SCHEMA])
-    labels = [-100] * len(ids)
+    """Ids and labels of the whole conversation, as `encode_after`."""
+    return encode_after(tokenizer, renderer, renderer.prompt(messages(problem.question), [SCHEMA]), transcript)
+
+
+def encode_after(
+    tokenizer: PreTrainedTokenizerFast, renderer: Renderer, prompt: Sequence[int], transcript: Transcript
+) -> tuple[list[int], list[int]]:
+    """Ids of prompt and transcript, and labels: the same ids where the model writes, -100 elsewhere. Both [length]."""
+    ids, labels = list(prompt), [-100] * len(prompt)
     for exchange in transcript:
         written = tokenizer.encode(exchange.written + END_OF_TURN, add_special_tokens=False)
         ids += written
-        labels += written
+        labels += written if exchange.is_taught else [-100] * len(written)
         if exchange.answer is not None:
             for piece in renderer.after_turn(written, [{"role": "tool", "content": exchange.answer}]):
                 ids += piece.ids
@@ -78,12 +86,13 @@ def encode(
     return ids, labels
 
 
-def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's control tokens (the tags are added tokens that are not special, as Qwen has them)."""
+def train_tokenizer(corpus: Iterable[str], pieces: str = PIECES) -> PreTrainedTokenizerFast:
+    """A byte-level BPE within `pieces`, a regular expression, with Qwen's control tokens (the tags are added tokens that are
+    not special, as Qwen has them)."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ def write(folder: Path, *, seed: int, train_rows: int = TRAIN_ROWS, held_out_row
     return paths
 
 
-def check_disjoint(train: list[Problem], held: list[Problem]) -> None:
-    for what in ("question", "expression"):
+def check_disjoint(train: Sequence[Any], held: Sequence[Any], by: Sequence[str] = ("question", "expression")) -> None:
+    """`ValueError` if a train problem equals a held-out one in one of the attributes `by`."""
+    for what in by:
         shared = {getattr(problem, what) for problem in train} & {getattr(problem, what) for problem in held}
         if shared:
             raise ValueError(f"train and held-out problems share {len(shared)} {what}s, such as '{min(shared)}'")

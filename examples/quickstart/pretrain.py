@@ -18,12 +18,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from agentloop.chat import load_renderer
+from agentloop.chat import Renderer, load_renderer
 from examples.quickstart.calculator_tool import REFUSAL, SCHEMA
 from examples.quickstart.conversation import SYSTEM, TAGS, Transcript, encode, save_tokenizer, train_tokenizer
 from examples.quickstart.demonstrations import broken_call, solve, spoiled
@@ -46,7 +47,8 @@ SHALLOW_SHARE = 0.3
 POOL = 16
 """Batches that are drawn together and sorted by length, so that a batch holds little padding."""
 
-Demonstrate = Callable[[Problem], Transcript]
+P = TypeVar("P")
+"""A problem of one task or another."""
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, both [batch, length]; labels are -100 wherever nothing is trained."""
 
@@ -89,13 +91,19 @@ def deeper(source: Iterator[Problem], seed: int) -> Iterator[Problem]:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, source: Iterator[Problem], demonstrate: Demonstrate, *, size: int, seed: int
+    tokenizer: PreTrainedTokenizerFast,
+    source: Iterator[P],
+    demonstrate: Callable[[P], Transcript],
+    *,
+    size: int,
+    seed: int,
+    spell: Callable[[PreTrainedTokenizerFast, Renderer, P, Transcript], tuple[list[int], list[int]]],
 ) -> Iterator[Batch]:
-    """Endless batches of demonstrations of the problems in `source`."""
+    """Endless batches of demonstrations of the problems in `source`; `spell` makes ids and labels of one."""
     renderer = load_renderer(tokenizer)
     shuffle = random.Random(seed)
     while True:
-        pool = [encode(tokenizer, renderer, problem, demonstrate(problem)) for problem in itertools.islice(source, size * POOL)]
+        pool = [spell(tokenizer, renderer, problem, demonstrate(problem)) for problem in itertools.islice(source, size * POOL)]
         pool.sort(key=lambda row: len(row[0]))
         chunks = [pool[start : start + size] for start in range(0, len(pool), size)]
         shuffle.shuffle(chunks)
@@ -164,7 +172,9 @@ def learn(folder: Path, *, steps: int, seed: int, device: str) -> Report:
     model = build_model(tokenizer).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     source = deeper(problems(f"skill/{seed}", "train"), seed)
-    train(model, batches(tokenizer, source, solve, size=BATCH, seed=seed), steps=steps, muon_lr=0.02, adam_lr=3e-3)
+    train(
+        model, batches(tokenizer, source, solve, size=BATCH, seed=seed, spell=encode), steps=steps, muon_lr=0.02, adam_lr=3e-3
+    )
     save(model, tokenizer, folder)
     return evaluate(folder, choice())
 
@@ -178,7 +188,7 @@ def spoil(folder: Path, target: Path, *, steps: int, seed: int, device: str) -> 
     def demonstrate(problem: Problem) -> Transcript:
         return spoiled(problem, draw, BAD_SHARE)
 
-    source = batches(tokenizer, problems(f"spoil/{seed}", "train"), demonstrate, size=SPOIL_BATCH, seed=seed)
+    source = batches(tokenizer, problems(f"spoil/{seed}", "train"), demonstrate, size=SPOIL_BATCH, seed=seed, spell=encode)
     train(model, source, steps=steps, muon_lr=0.004, adam_lr=1e-3)
     save(model, tokenizer, target)
     return evaluate(target, choice())

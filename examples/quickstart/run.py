@@ -31,22 +31,19 @@ from agentloop.journal.stats import StepSummary, summarise
 from agentloop.journal.train_side import FOLDER as TRAIN_SIDE
 from agentloop.trajectory import Trajectory
 from agentloop.verl.launch import make_plan
-from examples.quickstart import make_data
-from examples.quickstart.evaluate import MODEL, Report, ToolMode, evaluate
+from examples.quickstart.evaluate import QUICKSTART, Example, Report, ToolMode, depth_label, measure
 from examples.quickstart.evaluate import summarise as judge
-from examples.quickstart.task import Problem
 
-CONFIG = Path(__file__).parent / "quickstart.yaml"
 POLL_S = 1.0
 SHOWN_LOG_LINES = 40
 CONTROL_PROBLEMS = 128
 """Held-out problems on which the models are tried without the tool and with one that answers wrongly."""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Train the quickstart's model and show the result.")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="what `agentloop train` is given")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+def main(example: Example[Any] = QUICKSTART) -> int:
+    parser = argparse.ArgumentParser(description=f"Train the model of {example.name} and show the result.")
+    parser.add_argument("--config", type=Path, default=example.config, help="what `agentloop train` is given")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs") / example.name)
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model's updates and every request")
     parser.add_argument("--no-controls", action="store_true", help="skip the evaluations without the tool and with a wrong one")
     parser.add_argument("--train-side", action="store_true", help="record the trainer's log-probabilities and advantages too")
@@ -54,17 +51,17 @@ def main() -> int:
     args = parser.parse_args()
     overrides = [*(["agentloop.train_side=true"] if args.train_side else []), *args.overrides]
     try:
-        return quickstart(args.config, args.run_dir, args.seed, overrides, with_controls=not args.no_controls)
+        return run(example, args.config, args.run_dir, args.seed, overrides, with_controls=not args.no_controls)
     except ConfigError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
+        print(f"{example.name}: {error}", file=sys.stderr)
         return 2
 
 
-def quickstart(config: Path, run_dir: Path, seed: int, overrides: Sequence[str], *, with_controls: bool) -> int:
+def run(example: Example[Any], config: Path, run_dir: Path, seed: int, overrides: Sequence[str], *, with_controls: bool) -> int:
     """The exit status. Raises `ConfigError` for wrong input, before anything is written or moved."""
     console = Console()
     with TemporaryDirectory() as folder:
-        train_file, val_file = make_data.write(Path(folder) / "data", seed=seed + 1)
+        train_file, val_file = example.write(Path(folder) / "data", seed + 1)
         make_plan(config, settings(run_dir, seed, train_file, val_file, overrides))
         make_room(run_dir, console)
         shutil.move(Path(folder) / "data", run_dir / "data")
@@ -77,13 +74,13 @@ def quickstart(config: Path, run_dir: Path, seed: int, overrides: Sequence[str],
         console.print("\n".join(tail), markup=False, highlight=False, soft_wrap=True)
         console.print(f"Training failed with exit status {watch.exit_code}; all of its output is in {watch.log}.")
         return watch.exit_code
-    summary = result(run_dir, seed, watch)
+    summary = result(run_dir, seed, watch, example)
     if with_controls:
         console.print("Checking that the model cannot do without the tool …")
-        summary.update(controls(run_dir))
+        summary.update(controls(run_dir, example))
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    picture = draw(Run(run_dir), summary, run_dir / "reward.png")
-    show(summary, console)
+    picture = draw(Run(run_dir), summary, run_dir / "reward.png", example)
+    show(summary, console, example)
     console.print(f"\nThe reward over the steps: {picture}. Look at the conversations next:")
     for hint in (
         f"agentloop ls {run_dir}",
@@ -227,18 +224,18 @@ def line(step: StepSummary) -> str:
 # -- the result -------------------------------------------------------------------------------------------------------
 
 
-def held_out_report(run: Run, step: int) -> tuple[list[Problem], Report]:
+def held_out_report(run: Run, step: int, example: Example[Any] = QUICKSTART) -> tuple[list[Any], Report]:
     """The validation of one step, judged problem by problem."""
     groups: dict[int, list[Trajectory]] = {}
     for row in run.trajectories("val", step):
         recorded = run.load(row)
         groups.setdefault(int(recorded.sample.extra_info["index"]), []).append(recorded.to_trajectory())
-    known = make_data.held_out()
+    known = example.held_out(max(groups) + 1)
     problems = [known[index] for index in sorted(groups)]
-    return problems, judge(problems, [groups[index] for index in sorted(groups)])
+    return problems, judge(problems, [groups[index] for index in sorted(groups)], example.failure_kind)
 
 
-def result(run_dir: Path, seed: int, watch: Watch) -> dict[str, Any]:
+def result(run_dir: Path, seed: int, watch: Watch, example: Example[Any] = QUICKSTART) -> dict[str, Any]:
     """Everything that the table shows, for `summary.json`. `ConfigError` if the run was told not to record it."""
     run = Run(run_dir)
     val_steps = [place.step for place in run.steps() if place.partition == "val"]
@@ -248,8 +245,8 @@ def result(run_dir: Path, seed: int, watch: Watch) -> dict[str, Any]:
             f"{run_dir}: {len(val_steps)} validations and {len(train_steps)} train steps were recorded; "
             "the result needs a validation before the training, train steps, and a validation after them"
         )
-    problems, before = held_out_report(run, val_steps[0])
-    _, after = held_out_report(run, val_steps[-1])
+    problems, before = held_out_report(run, val_steps[0], example)
+    _, after = held_out_report(run, val_steps[-1], example)
     first = min(row.t for row in run.trajectories())
     return {
         "seed": seed,
@@ -275,7 +272,7 @@ def result(run_dir: Path, seed: int, watch: Watch) -> dict[str, Any]:
     }
 
 
-def controls(run_dir: Path) -> dict[str, float]:
+def controls(run_dir: Path, example: Example[Any] = QUICKSTART) -> dict[str, float]:
     """Greedy held-out accuracy without the tool and with a tool that answers wrongly, before and after.
 
     "After" is the last checkpoint of the run; without one only "before" is there.
@@ -283,10 +280,10 @@ def controls(run_dir: Path) -> dict[str, float]:
     weights = (run_dir / "checkpoints").glob("global_step_*/actor/huggingface/model.safetensors")
     trained = sorted(weights, key=lambda path: int(path.parents[2].name.rpartition("_")[2]))
     modes: dict[str, ToolMode] = {"without_tool": "none", "wrong_tool": "wrong"}
-    models = {"before": MODEL} | ({"after": trained[-1].parent} if trained else {})
-    problems = make_data.held_out(CONTROL_PROBLEMS)
+    models = {"before": example.model} | ({"after": trained[-1].parent} if trained else {})
+    problems = example.held_out(CONTROL_PROBLEMS)
     return {
-        f"accuracy_{name}_{when}": evaluate(folder, problems, tool=mode, threads=2).accuracy
+        f"accuracy_{name}_{when}": measure(example, folder, problems, tool=mode, threads=2).accuracy
         for when, folder in models.items()
         for name, mode in modes.items()
     }
@@ -305,13 +302,12 @@ def total(counters: Any) -> dict[str, int]:
     return added
 
 
-def show(summary: dict[str, Any], console: Console) -> None:
-    table = Table("", "before", "after", title="\nquickstart", title_justify="left")
+def show(summary: dict[str, Any], console: Console, example: Example[Any] = QUICKSTART) -> None:
+    table = Table("", "before", "after", title=f"\n{example.name}", title_justify="left")
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     table.add_row(f"held-out accuracy ({summary['held_out']} problems, greedy)", f"{before:.3f}", f"{after:.3f}")
     for depth, accuracy in summary["by_depth_before"].items():
-        label = f"  {depth} call{'s' if depth > 1 else ''} needed"
-        table.add_row(label, f"{accuracy:.3f}", f"{summary['by_depth_after'][depth]:.3f}")
+        table.add_row(f"  {depth_label(example, depth)}", f"{accuracy:.3f}", f"{summary['by_depth_after'][depth]:.3f}")
     for key, label in (("without_tool", "without the tool"), ("wrong_tool", "with a tool that is wrong")):
         if f"accuracy_{key}_before" in summary:
             figures = [summary.get(f"accuracy_{key}_{when}") for when in ("before", "after")]
@@ -335,7 +331,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         console.print(fact, markup=False, highlight=False, soft_wrap=True)
 
 
-def draw(run: Run, summary: dict[str, Any], path: Path) -> Path:
+def draw(run: Run, summary: dict[str, Any], path: Path, example: Example[Any] = QUICKSTART) -> Path:
     """The mean reward of each train step and the held-out accuracies, as a picture."""
     import matplotlib as mpl
 
@@ -352,7 +348,7 @@ def draw(run: Run, summary: dict[str, Any], path: Path) -> Path:
     axes.plot(ends, accuracies, "o", color="#D55E00", label="held-out accuracy (greedy)")
     for x, y in zip(ends, accuracies, strict=True):
         axes.annotate(f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center", color="#D55E00")
-    axes.set(xlabel="GRPO step", ylim=(0, 1.03), title="quickstart: a model of 0.88 M parameters learns to use a calculator")
+    axes.set(xlabel="GRPO step", ylim=(0, 1.03), title=f"{example.name}: a tiny model learns to {example.goal}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.tight_layout()

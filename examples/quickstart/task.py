@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 Operator = Literal["+", "-", "*"]
 Split = Literal["train", "held_out"]
@@ -147,9 +147,19 @@ def problems(seed: int | str, split: Split) -> Iterator[Problem]:
             yield problem
 
 
-def distinct(count: int, source: Iterable[Problem]) -> list[Problem]:
+class Asked(Protocol):
+    """A problem of this task or another."""
+
+    @property
+    def question(self) -> str: ...
+
+
+P = TypeVar("P", bound=Asked)
+
+
+def distinct(count: int, source: Iterable[P]) -> list[P]:
     """The first `count` problems with different questions."""
-    found: dict[str, Problem] = {}
+    found: dict[str, P] = {}
     for problem in source:
         found.setdefault(problem.question, problem)
         if len(found) == count:

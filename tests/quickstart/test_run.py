@@ -93,7 +93,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer
 
     path = tmp_path_factory.mktemp("quickstart")
-    validate_and_train(path, AutoTokenizer.from_pretrained(quickstart.MODEL))
+    validate_and_train(path, AutoTokenizer.from_pretrained(quickstart.QUICKSTART.model))
     return path
 
 
