@@ -221,6 +221,17 @@ class TrainSide:
                 return _joined(recorded, self._columns(place), place.row)
         return None
 
+    def mean_advantages(self) -> dict[str, float]:
+        """Of each trajectory whose part has arrived, the mean over its trained tokens; NaN if it has none. Reads the trainer's
+        part alone. Raises `JournalError` if a file is damaged."""
+        means = {}
+        for row, place in self._found:
+            update = self._columns(place)
+            tokens = slice(update.starts[place.row], update.starts[place.row + 1])
+            advantages = update.columns["advantages"][tokens][update.columns["response_mask"][tokens] == 1]
+            means[row.id] = float(advantages.mean(dtype=np.float64)) if advantages.size else float("nan")
+        return means
+
     def _columns(self, place: _Place) -> _Update:
         """The last file is kept: neighbours are asked for one after the other."""
         if self._last is None or self._last.path != place.file:
