@@ -22,6 +22,7 @@ _COMMANDS = {
     "train": ("agentloop.commands.train", "train"),
     "ls": ("agentloop.commands.journal", "ls"),
     "show": ("agentloop.commands.journal", "show"),
+    "view": ("agentloop.commands.view", "view"),
     "stats": ("agentloop.commands.journal", "stats"),
     "logprobs": ("agentloop.commands.logprobs", "logprobs"),
     "export": ("agentloop.commands.journal", "export"),

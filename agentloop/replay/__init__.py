@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentloop.replay.frames import to_frame as to_frame
+    from agentloop.replay.html import Page as Page
+    from agentloop.replay.notebook import view as view
 
-_HOMES = {"to_frame": "frames"}
+_HOMES = {"Page": "html", "to_frame": "frames", "view": "notebook"}
 
-__all__ = ["to_frame"]
+__all__ = ["Page", "to_frame", "view"]
 
 
 def __getattr__(name: str) -> Any:
