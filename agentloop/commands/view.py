@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from agentloop.errors import ConfigError
+from agentloop.replay.notebook import link_to
 from agentloop.replay.payload import Payload
 from agentloop.replay.runs import as_run, chosen_rows
 from agentloop.replay.server import ReplayServer
-from agentloop.replay.notebook import link_to
 
 
 def view(

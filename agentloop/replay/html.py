@@ -43,6 +43,18 @@ def script(name: str) -> str:
         raise ConfigError(f"{path}: the viewer is not built: run `npm ci && npm run build` in {DIST.parent}") from error
 
 
+def document_head(title: str, more: str) -> str:
+    """Up to the opened body; `more` goes into the head, policy first."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'{more}\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{html.escape(title)}</title>\n</head>\n<body>\n'
+    )
+
+
+DOCUMENT_END = "</body>\n</html>\n"
+
+
 def root(host: str, *, theme: str = "auto", height: int | None = None, link: Link | None = None, url: str | None = None) -> str:
     """The element that the viewer's page script draws into."""
     data = {
@@ -85,15 +97,12 @@ class Page:
         payload = Payload(self.run, lambda: self.rows, live=False, search=False)
         page_js = script("page.js")
         policy = f"default-src 'none'; script-src {_hash(page_js)}; style-src {_hash(STYLE)}"
-        title = html.escape(f"{self.run.path.resolve().name} – agentloop replay")
-        head = (
-            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta name="color-scheme" content="light dark">\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
-            f"{root('embedded', theme=self.theme, height=height, link=self.link)}\n"
-            f"{_block('overview', Answer(payload.overview()))}<script>{page_js}</script>\n"
+        head = document_head(
+            f"{self.run.path.resolve().name} – agentloop replay",
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style>',
         )
+        head += f"{root('embedded', theme=self.theme, height=height, link=self.link)}\n"
+        head += f"{_block('overview', Answer(payload.overview()))}<script>{page_js}</script>\n"
         yield head
         size, tokens = len(head), 0
         for row in self.rows:
@@ -102,7 +111,7 @@ class Page:
             if size > self.max_mb * _MB:
                 raise ConfigError(self._too_large(size, tokens))
             yield block
-        yield "</body>\n</html>\n"
+        yield DOCUMENT_END
 
     def _too_large(self, size: int, tokens: int) -> str:
         total = sum(row.tokens for row in self.rows)

@@ -142,11 +142,17 @@ class Payload:
             },
             "can": self._can,
             "special_ids": None,
-            "commands": {"fork": f"agentloop fork {shlex.quote(str(self.run.path))} {{id}} --step {{step}} --turn {{turn}}"},
+            "commands": self._commands(),
             "steps": [self._step(place) for place in places],
             "groups": {key: {"prompt": self._prompt(row)} for key, row in {group_key(row): row for row in rows}.items()},
             "trajectories": self._columns(rows),
         }
+
+    def _commands(self) -> dict[str, str]:
+        """None for a page that is handed on: a folder's name is nobody else's business."""
+        if "refresh" not in self._can:
+            return {}
+        return {"fork": f"agentloop fork {shlex.quote(str(self.run.path))} {{id}} --step {{step}} --turn {{turn}}"}
 
     def _step(self, place: Place) -> dict[str, Any]:
         side = self._sides.get(place.step) if place.partition == "train" else None

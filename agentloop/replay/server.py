@@ -8,7 +8,6 @@ rebinding); `Origin`, where a browser sends it, must be its own too.
 from __future__ import annotations
 
 import hmac
-import html
 import json
 import secrets
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from agentloop.errors import ConfigError
-from agentloop.replay.html import STYLE, Link, root, script
+from agentloop.replay.html import DOCUMENT_END, STYLE, Link, document_head, root, script
 from agentloop.replay.payload import Payload, error
 
 ADDRESS = "127.0.0.1"
@@ -90,12 +89,8 @@ class ReplayServer:
 
 
 def _page(title: str, url: str, theme: str) -> str:
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
-        f'<title>{html.escape(title)}</title>\n<link rel="icon" href="data:,">\n<link rel="stylesheet" href="page.css">\n</head>\n'
-        f'<body>\n{root("http", url=url, theme=theme)}\n<script src="page.js"></script>\n</body>\n</html>\n'
-    )
+    head = document_head(title, '<link rel="stylesheet" href="page.css">')
+    return f'{head}{root("http", url=url, theme=theme)}\n<script src="page.js"></script>\n{DOCUMENT_END}'
 
 
 def _handler(server: ReplayServer) -> type[BaseHTTPRequestHandler]:
