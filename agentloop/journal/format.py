@@ -34,14 +34,18 @@ EVENTS_SUFFIX = ".traj.jsonl"
 TOKENS_SUFFIX = ".tok"
 INDEX_SUFFIX = ".index.jsonl"
 
+PIECES = "pieces"
+"""The type of the events that tell the bytes of token ids; they belong to no trajectory."""
 MAX_PIECE = 0xFFFF
 """Longest text of one token, in bytes; what is longer is cut in the record's text (never in its ids)."""
 
 _PREFIX = struct.Struct("<II")
 _HEAD = struct.Struct("<4sII")
-_MAGIC = b"TOK1"
+_MAGIC = b"TOK2"
+_OLD_MAGIC = b"TOK1"
 _HAS_LOG_PROBS = 1
 _HAS_PIECES = 2
+_HAS_TEXT = 4
 _FILE_NAME = re.compile(r"^(?P<writer>[A-Za-z0-9_-]+)\.g(?P<generation>[1-9][0-9]*)\.traj\.jsonl$")
 _STEP_NAME = re.compile(r"^step_(?P<step>[0-9]{6,})$")
 WRITER_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
@@ -108,23 +112,37 @@ class TokenFrame:
     """uint32, (n,)."""
     log_probs: Any
     """float32, (n,), NaN where a token was not sampled or its log-probability was not asked for; or `None`."""
-    piece_lens: Any
-    """uint16, (n,): bytes of text of each token; or `None` if the writer had no tokenizer."""
-    piece_bytes: bytes
+    has_text: bool = False
+    """`pieces` events tell the bytes of these ids."""
+    piece_lens: Any = None
+    """uint16, (n,): bytes of text of each token, in frames of the first kind, which carried them; else `None`."""
+    piece_bytes: bytes = b""
     """The tokens' bytes one after the other. A token may hold a part of a UTF-8 character."""
 
 
-def encode_frame(frame: TokenFrame, compressor: zstandard.ZstdCompressor) -> tuple[bytes, int, int]:
-    """The record to append to a token file, and the length and CRC-32 of its compressed bytes."""
-    flags = (0 if frame.log_probs is None else _HAS_LOG_PROBS) | (0 if frame.piece_lens is None else _HAS_PIECES)
-    columns = [_HEAD.pack(_MAGIC, len(frame.ids), flags), frame.ids.astype("<u4", copy=False).tobytes()]
-    if frame.log_probs is not None:
-        columns.append(frame.log_probs.astype("<f4", copy=False).tobytes())
-    if frame.piece_lens is not None:
-        columns += [frame.piece_lens.astype("<u2", copy=False).tobytes(), frame.piece_bytes]
-    packed = compressor.compress(b"".join(columns))
+def encode_frame(ids: Any, log_probs: Any, has_text: bool, compressor: zstandard.ZstdCompressor) -> tuple[bytes, int, int]:
+    """The record to append to a token file, and the length and CRC-32 of its packed bytes.
+
+    Numbers are split into planes: all lowest bytes, then all second ones, and so on. What compresses (the ids, and signs and
+    exponents of the log-probabilities) goes into a zstd frame; the rest of the log-probabilities is noise and follows as it is.
+    """
+    flags = (0 if log_probs is None else _HAS_LOG_PROBS) | (_HAS_TEXT if has_text else 0)
+    columns, noise = [_HEAD.pack(_MAGIC, len(ids), flags), _planes(ids.astype("<u4", copy=False))], b""
+    if log_probs is not None:
+        values = _planes(log_probs.astype("<f4", copy=False))
+        columns.append(values[3 * len(ids) :])
+        noise = values[: 3 * len(ids)]
+    packed = compressor.compress(b"".join(columns)) + noise
     crc = zlib.crc32(packed)
     return _PREFIX.pack(len(packed), crc) + packed, len(packed), crc
+
+
+def _planes(numbers: Any) -> bytes:
+    return bytes(np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, 4).T).tobytes())
+
+
+def _joined_planes(planes: bytes, kind: str) -> Any:
+    return np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(4, -1).T).view(kind).reshape(-1)
 
 
 PREFIX_SIZE = _PREFIX.size
@@ -135,13 +153,27 @@ def decode_frame(packed: bytes, crc: int, where: str) -> TokenFrame:
     if zlib.crc32(packed) != crc:
         raise JournalError(f"{where}: the checksum of a token frame differs")
     try:
-        data = zstandard.ZstdDecompressor().decompress(packed)
+        data = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=True)
         magic, n, flags = _HEAD.unpack_from(data)
     except (zstandard.ZstdError, struct.error) as error:
         raise JournalError(f"{where}: not a token frame: {error}") from error
+    if magic == _OLD_MAGIC:
+        return _decode_old(data, n, flags, where)
+    at, exponents = _HEAD.size, n if flags & _HAS_LOG_PROBS else 0
+    if magic != _MAGIC or len(data) != at + 4 * n + exponents or len(packed) < 3 * exponents:
+        raise JournalError(f"{where}: not a token frame")
+    ids = _joined_planes(data[at : at + 4 * n], "<u4")
+    log_probs = None
+    if flags & _HAS_LOG_PROBS:
+        log_probs = _joined_planes(packed[len(packed) - 3 * n :] + data[at + 4 * n :], "<f4")
+    return TokenFrame(ids, log_probs, bool(flags & _HAS_TEXT))
+
+
+def _decode_old(data: bytes, n: int, flags: int, where: str) -> TokenFrame:
+    """A frame of the first kind: columns as they are, and with flag 2 the text of each token."""
     at = _HEAD.size
     need = n * (4 + (4 if flags & _HAS_LOG_PROBS else 0) + (2 if flags & _HAS_PIECES else 0))
-    if magic != _MAGIC or len(data) < at + need:
+    if len(data) < at + need:
         raise JournalError(f"{where}: not a token frame")
     ids = np.frombuffer(data, "<u4", n, at)
     at += 4 * n
@@ -155,7 +187,7 @@ def decode_frame(packed: bytes, crc: int, where: str) -> TokenFrame:
         text = data[at + 2 * n :]
         if len(text) != int(lens.sum()):
             raise JournalError(f"{where}: a token frame's text does not fit its lengths")
-    return TokenFrame(ids, log_probs, lens, text)
+    return TokenFrame(ids, log_probs, lens is not None, lens, text)
 
 
 # -- JSON lines -----------------------------------------------------------------------------------------------------
@@ -176,7 +208,7 @@ def dump_json(value: Any) -> bytes:
         return b" " + json.dumps(_sanitise(value), ensure_ascii=True, separators=(",", ":")).encode()
 
 
-def dump_line(event: dict[str, Any]) -> bytes:
+def dump_line(event: Any) -> bytes:
     """One line with its newline; see `dump_json`."""
     return dump_json(event) + b"\n"
 

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from agentloop.journal.format import INDEX_SUFFIX, VERSION, dump_line, load_line, sibling_path
+from agentloop.journal.format import INDEX_SUFFIX, PIECES, dump_line, load_line, parse_file_name, parse_step_name, sibling_path
+from agentloop.journal.recorded import SHARED_FIELDS, Row
 
-RawRow = dict[str, Any]
-"""The fields of `agentloop.journal.Row` that events tell, plus `lines`: `[offset, length]` of each of its lines."""
+INDEX_VERSION = 2
+OWN_FIELDS = Row._fields[: -len(SHARED_FIELDS)]
+"""What an index holds of a row; the rest is the same for all rows of a file."""
+
+Growing = dict[str, Any]
+"""A row of a trajectory that has not ended: its own fields by name, but `places` as a list."""
 
 
 class Rows:
     """The rows of one event file, as far as it has been read."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.size = 0
         """Bytes of the event file that are covered; always a line's end."""
-        self.by_id: dict[str, RawRow] = {}
-        """In the order of their first lines. A second start with the same id replaces the first."""
         self.bad_lines: list[int] = []
         """Offsets of whole lines that are not events (the torn end of a killed writer that was started again)."""
+        self.pieces: list[tuple[int, int]] = []
+        """Offset and length of each event that tells the texts of tokens."""
+        self._by_id: dict[str, Row | Growing] = {}
+        """In the order of their first lines. A second start with the same id replaces the first."""
+        name, step = parse_file_name(path.name), parse_step_name(path.parent.name)
+        assert name is not None
+        assert step is not None
+        self._shared = (path.parent.parent.name, step, name.writer, name.generation, path)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Each row as it is now."""
+        for row in self._by_id.values():
+            yield row if isinstance(row, Row) else self._settled(row)
 
     def feed(self, event: dict[str, Any], offset: int, length: int) -> None:
         """Take in the event whose line lies at `offset`; it may be of any type, known or not."""
         kind, key = event.get("type"), event.get("id")
-        if kind == "traj_start" and isinstance(key, str):
-            self.by_id.pop(key, None)
-            self.by_id[key] = _new_row(event)
-        row = self.by_id.get(key) if isinstance(key, str) else None
-        if row is None:
+        if kind == PIECES:
+            self.pieces.append((offset, length))
+        if not isinstance(key, str):
             return
-        row["lines"].append([offset, length])
+        if kind == "traj_start":
+            self._by_id.pop(key, None)
+            self._by_id[key] = _new_row(event)
+        row = self._by_id.get(key)
+        if row is None or isinstance(row, Row):  # nothing follows an end
+            return
+        row["places"].append(f"{offset} {length}")
         tokens = sum(n for _, n in event.get("segments") or ())
         row["tokens"] += tokens
         if kind == "turn":
@@ -45,13 +70,12 @@ class Rows:
         elif kind == "reward":
             row["reward"], row["components"] = event["value"], event["components"]
         elif kind == "traj_end":
-            row["complete"] = True
-            for name in ("end_reason", "state", "error", "masked", "score_s", "total_s", "tool_calls", "tool_failures"):
-                row[name] = event[name]
+            ended = {name: event[name] for name in _TOLD_AT_END}
+            self._by_id[key] = self._settled(row | ended | {"complete": True})
 
-    def scan(self, path: Path) -> None:
+    def scan(self) -> None:
         """Read on from `size` to the last whole line of the file."""
-        with path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self.size)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -65,40 +89,65 @@ class Rows:
                 except (ValueError, KeyError, TypeError, AttributeError):
                     self.bad_lines.append(offset)
 
-    def save(self, events: Path) -> None:
-        """Write the index beside its event file, whole or not at all. Raises `OSError`."""
-        path = sibling_path(events, INDEX_SUFFIX)
-        head = {"type": "index", "version": VERSION, "size": self.size, "bad_lines": self.bad_lines}
+    def save(self) -> None:
+        """Write the index beside the event file, whole or not at all. Raises `OSError`."""
+        path = sibling_path(self.path, INDEX_SUFFIX)
+        head = {"type": "index", "version": INDEX_VERSION, "size": self.size, "bad_lines": self.bad_lines}
+        lines = [dump_line(head | {"pieces": self.pieces, "fields": OWN_FIELDS})]
+        lines += [dump_line(row[: len(OWN_FIELDS)]) for row in self]
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        partial.write_bytes(b"".join(dump_line(item) for item in (head, *self.by_id.values())))
+        partial.write_bytes(b"".join(lines))
         partial.replace(path)
 
+    def load(self) -> None:
+        """Start from the index, if there is one that belongs to this file and to this version."""
+        try:
+            first, *lines = sibling_path(self.path, INDEX_SUFFIX).read_bytes().splitlines()
+            head = load_line(first)
+            if (
+                head["version"] != INDEX_VERSION
+                or head["size"] > self.path.stat().st_size
+                or head["fields"] != list(OWN_FIELDS)
+            ):
+                return
+            by_id: dict[str, Row | Growing] = {}
+            for values in _load_lines(lines):
+                row = Row._make((*values, *self._shared))
+                by_id[row.id] = row if row.complete else self._growing(row)
+            size, bad_lines, pieces = head["size"], list(head["bad_lines"]), [(offset, n) for offset, n in head["pieces"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return
+        self.size, self.bad_lines, self.pieces, self._by_id = size, bad_lines, pieces, by_id
 
-def read_rows(events: Path) -> Rows:
+    def _settled(self, row: Growing) -> Row:
+        """A snapshot: `row` may go on being counted up while the run is written."""
+        fields = row | {"places": " ".join(row["places"]), "tool_failures": dict(row["tool_failures"])}
+        return Row._make((*fields.values(), *self._shared))
+
+    def _growing(self, row: Row) -> Growing:
+        fields = dict(zip(OWN_FIELDS, row, strict=False))
+        return fields | {"places": [f"{offset} {length}" for offset, length in row.lines]}
+
+
+def read_rows(path: Path) -> Rows:
     """The rows of an event file: from its index as far as that goes, then from the events themselves."""
-    rows = _read_index(sibling_path(events, INDEX_SUFFIX), events.stat().st_size) or Rows()
-    rows.scan(events)
+    rows = Rows(path)
+    rows.load()
+    rows.scan()
     return rows
 
 
-def _read_index(path: Path, size: int) -> Rows | None:
-    """`None` if there is no index, or it does not belong to a file of `size` bytes or to this version."""
-    try:
-        head, *rest = [load_line(line) for line in path.read_bytes().splitlines()]
-        if head["version"] != VERSION or head["size"] > size:
-            return None
-        rows = Rows()
-        rows.size, rows.bad_lines = head["size"], head["bad_lines"]
-        rows.by_id = {row["id"]: row for row in rest}
-        if any(row.keys() != _KEYS for row in rest):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return rows
+def _load_lines(lines: list[bytes]) -> list[Any]:
+    """All at once where that can be done, since it is five times as quick."""
+    if not any(line.startswith(b" ") for line in lines):
+        found: list[Any] = load_line(b"[" + b",".join(lines) + b"]")
+        return found
+    return [load_line(line) for line in lines]
 
 
-def _new_row(event: dict[str, Any]) -> RawRow:
-    return {
+def _new_row(event: dict[str, Any]) -> Growing:
+    """In the order of `OWN_FIELDS`."""
+    row = {
         "id": event["id"],
         "uid": event["sample"]["uid"],
         "sibling": event["sibling"],
@@ -120,8 +169,11 @@ def _new_row(event: dict[str, Any]) -> RawRow:
         "tool_failures": {},
         "score_s": 0.0,
         "total_s": 0.0,
-        "lines": [],
+        "missing": list(event.get("missing", ())),
+        "places": [],
     }
+    assert tuple(row) == OWN_FIELDS
+    return row
 
 
-_KEYS = _new_row({"id": "", "sample": {"uid": "", "data_source": ""}, "sibling": 0, "attempt": 0, "t": 0.0}).keys()
+_TOLD_AT_END = ("end_reason", "state", "error", "masked", "score_s", "total_s", "tool_calls", "tool_failures")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agentloop.journal.format import MAX_PIECE
+from agentloop.journal.format import MAX_PIECE, PIECES, JournalError, load_line
 
 PieceBytes = Callable[[int], bytes]
 """The bytes that one token id stands for; empty for an id that the tokenizer does not have."""
@@ -71,29 +73,105 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
     return {str(step.get("type")) for step in [state, *state.get("decoders", [])]}
 
 
-class PieceTable:
-    """Looks pieces up a whole array at a time. Not for several threads at once."""
+_SHOWN = {byte: char for char, byte in byte_alphabet().items()}
+_MEANT = {ord(char): byte for char, byte in byte_alphabet().items()}
 
-    def __init__(self, decode: PieceBytes) -> None:
-        self._decode = decode
-        self._pieces: Any = np.empty(0, dtype=object)
-        self._lens: Any = np.empty(0, dtype=np.int32)
-        """-1: not asked for yet."""
 
-    def lookup(self, ids: Any) -> tuple[Any, bytes]:
-        """Lengths (uint16, (n,)) and the joined bytes of `ids` (uint32, (n,))."""
+class PieceTeller:
+    """Of one event file: which tokens' bytes have been told there. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._told: Any = np.zeros(1024, dtype=bool)
+        self._told_large: set[int] = set()
+
+    def untold(self, ids: Any) -> list[int]:
+        """Those of `ids` (uint32, (n,)) that were not told yet, each once, in ascending order."""
         top = int(ids.max(initial=0))
         if top >= _LARGEST_TABLE:  # no vocabulary is that large; do not allocate for it
-            pieces = [self._decode(int(i))[:MAX_PIECE] for i in ids]
-            return np.array([len(piece) for piece in pieces], dtype=np.uint16), b"".join(pieces)
-        if top >= len(self._lens):
-            grow = max(top + 1, 2 * len(self._lens), 1024) - len(self._lens)
-            self._pieces = np.concatenate([self._pieces, np.full(grow, b"", dtype=object)])
-            self._lens = np.concatenate([self._lens, np.full(grow, -1, dtype=np.int32)])
-        lens = self._lens[ids]
-        if lens.min(initial=0) < 0:
-            for i in np.unique(ids[lens < 0]).tolist():
-                self._pieces[i] = self._decode(i)[:MAX_PIECE]
-                self._lens[i] = len(self._pieces[i])
-            lens = self._lens[ids]
-        return lens.astype(np.uint16), b"".join(self._pieces[ids].tolist())
+            return sorted(i for i in set(ids.tolist()) if not self._is_told(i))
+        if top >= len(self._told):
+            grown: Any = np.zeros(max(top + 1, 2 * len(self._told)), dtype=bool)
+            grown[: len(self._told)] = self._told
+            self._told = grown
+        fresh = ids[~self._told[ids]]
+        return [int(i) for i in np.unique(fresh).tolist()] if len(fresh) else []
+
+    def tell(self, ids: Sequence[int]) -> None:
+        """These are in the file by now."""
+        small = [i for i in ids if i < len(self._told)]
+        self._told[small] = True
+        self._told_large.update(i for i in ids if i >= len(self._told))
+
+    def _is_told(self, token_id: int) -> bool:
+        return bool(self._told[token_id]) if token_id < len(self._told) else token_id in self._told_large
+
+
+def pieces_event(ids: Sequence[int], decode: PieceBytes, t: float) -> dict[str, Any]:
+    """The event that tells the bytes of `ids`, written in GPT-2's alphabet."""
+    pieces = [decode(i)[:MAX_PIECE] for i in ids]
+    event = {"type": PIECES, "t": t, "ids": ids, "pieces": [piece.decode("latin-1").translate(_SHOWN) for piece in pieces]}
+    return event | {"crc": zlib.crc32(b"".join(pieces))}
+
+
+class PieceReader:
+    """The bytes of token ids, from the `pieces` events of one event file; of an id that comes twice the last."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+        """Events that were taken in."""
+        self._places: dict[int, int] = {}
+        """Of an id in the columns below."""
+        self._dense: Any = np.full(1024, -1, dtype=np.int64)
+        """The same for ids that are not huge; -1: not told."""
+        self._starts: Any = np.empty(0, dtype=np.int64)
+        self._lens: Any = np.empty(0, dtype=np.int64)
+        self._bytes: Any = np.empty(0, dtype=np.uint8)
+
+    def read(self, events: Sequence[Sequence[int]]) -> None:
+        """Take in the events at these offsets and lengths that are new since the last time. Raises `JournalError`."""
+        if len(events) == self._read:
+            return
+        starts: list[int] = []
+        lens: list[int] = []
+        chunks: list[bytes] = []
+        at, offset = len(self._bytes), 0
+        try:
+            with self._path.open("rb") as file:
+                for offset, length in events[self._read :]:
+                    file.seek(offset)
+                    event = load_line(file.read(length))
+                    pieces = [piece.translate(_MEANT).encode("latin-1") for piece in event["pieces"]]
+                    joined = b"".join(pieces)
+                    if zlib.crc32(joined) != event["crc"] or len(pieces) != len(event["ids"]):
+                        raise ValueError("the checksum differs")
+                    for token_id, piece in zip(event["ids"], pieces, strict=True):
+                        self._places[token_id] = len(self._starts) + len(starts)
+                        starts.append(at)
+                        lens.append(len(piece))
+                        at += len(piece)
+                    chunks.append(joined)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: {error}") from error
+        self._starts = np.concatenate([self._starts, np.array(starts, np.int64)])
+        self._lens = np.concatenate([self._lens, np.array(lens, np.int64)])
+        self._bytes = np.concatenate([self._bytes, np.frombuffer(b"".join(chunks), np.uint8)])
+        self._read = len(events)
+        small = {i: place for i, place in self._places.items() if i < _LARGEST_TABLE}
+        self._dense = np.full(max(small, default=0) + 1, -1, dtype=np.int64)
+        self._dense[list(small)] = list(small.values())
+
+    def lookup(self, ids: Any) -> tuple[Any, bytes]:
+        """Lengths (uint16, (n,)) and the joined bytes of `ids` (uint32, (n,)). `JournalError` if one was never told."""
+        if int(ids.max(initial=0)) < len(self._dense):
+            places = self._dense[ids]
+        else:
+            places = np.array([self._places.get(i, -1) for i in ids.tolist()], np.int64)
+        if places.min(initial=0) < 0:
+            unknown = int(ids[int(np.argmax(places < 0))])
+            raise JournalError(f"{self._path}: the text of token {unknown} is missing")
+        lens = self._lens[places]
+        ends = np.cumsum(lens)
+        index: Any = np.repeat(self._starts[places] - (ends - lens), lens)
+        index += np.arange(len(index))
+        return lens.astype(np.uint16), self._bytes[index].tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ from agentloop.journal.format import (
     parse_step_name,
     sibling_path,
 )
-from agentloop.journal.index import RawRow, Rows, read_rows
+from agentloop.journal.index import Rows, read_rows
 from agentloop.journal.meta import read_run
+from agentloop.journal.pieces import PieceReader
 from agentloop.journal.recorded import RecordedTrajectory, Row, build
 from agentloop.journal.train_side import TrainSide, TrainSideIndex, check_file
+
+CACHED_ROWS = 200_000
+"""Rows that a `Run` keeps, about a kilobyte each; beyond them files are read anew."""
+CACHED_PIECES = 8
+"""Event files whose tokens' texts a `Run` keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,9 @@ class Run:
         if not is_run(self.path):
             raise ConfigError(f"{self.path}: no run here; {nearest(self.path.name, run_names(self.path.parent))}")
         self._cache: dict[Path, Rows] = {}
+        """Least recently used first."""
+        self._pieces: dict[Path, PieceReader] = {}
+        """The same."""
         self._train_side = TrainSideIndex(self.path)
 
     @property
@@ -83,7 +93,7 @@ class Run:
         damaged.
         """
         row = trajectory if isinstance(trajectory, Row) else self._find(trajectory, step, partition)
-        return build(row, _read_events(row), sibling_path(row.file, TOKENS_SUFFIX) if tokens else None)
+        return build(row, _read_events(row), sibling_path(row.file, TOKENS_SUFFIX), self._pieces_of(row.file), tokens=tokens)
 
     def train_side(self, step: int) -> TrainSide:
         """What the trainer computed for the training trajectories of a step of the journal, joined with their records, and
@@ -95,14 +105,14 @@ class Run:
         """Read every event and every frame, superseded ones included, and the train side, and tell what is wrong."""
         problems = []
         for place in self.steps():
-            for path, name in self._files(place):
+            for path, _ in self._files(place):
                 rows = self._read(path)
                 if rows.size < path.stat().st_size:
                     problems.append(Problem("torn_tail", path, f"a torn line at offset {rows.size}"))
                 problems += [Problem("bad_line", path, f"not an event at offset {offset}") for offset in rows.bad_lines]
-                for raw in rows.by_id.values():
+                for row in rows:
                     try:
-                        self.load(_row(raw, place, name, path))
+                        self.load(row)
                     except JournalError as error:
                         problems.append(Problem("damaged", path, str(error)))
         for path in self._train_side.files():
@@ -117,9 +127,9 @@ class Run:
         files = [path for place in self.steps() for path, _ in self._files(place)]
         self._cache.clear()
         for path in files:
-            rows = Rows()
-            rows.scan(path)
-            rows.save(path)
+            rows = Rows(path)
+            rows.scan()
+            rows.save()
         return len(files)
 
     def _find(self, key: str, step: int | None, partition: str | None) -> Row:
@@ -131,15 +141,15 @@ class Run:
         raise ConfigError(f"{self.path}: no trajectory '{key}'{where}; {nearest(key, _few({row.id for row in rows}, key))}")
 
     def _rows_of(self, place: Place) -> list[Row]:
-        by_generation: dict[int, list[Row]] = {}
+        by_generation: dict[int, list[Rows]] = {}
         for path, name in self._files(place):
-            rows = [_row(raw, place, name, path) for raw in self._read(path).by_id.values()]
+            rows = self._read(path)
             if rows:
-                by_generation.setdefault(name.generation, []).extend(rows)
+                by_generation.setdefault(name.generation, []).append(rows)
         best: dict[str, Row] = {}
-        for row in by_generation[max(by_generation)] if by_generation else ():
-            other = best.get(row.id)
-            if other is None or (other.complete, other.t) < (row.complete, row.t):
+        for row in chain.from_iterable(by_generation[max(by_generation)] if by_generation else ()):
+            other = best.setdefault(row.id, row)
+            if other is not row and (other.complete, other.t) < (row.complete, row.t):
                 best[row.id] = row
         return sorted(best.values(), key=lambda row: row.t)
 
@@ -149,13 +159,29 @@ class Run:
         return [(path, name) for path, name in named if name is not None]
 
     def _read(self, path: Path) -> Rows:
-        rows = self._cache.get(path)
+        rows = self._cache.pop(path, None)
         size = path.stat().st_size
         if rows is None or rows.size > size:
-            self._cache[path] = rows = read_rows(path)
+            rows = read_rows(path)
         elif rows.size < size:
-            rows.scan(path)
+            rows.scan()
+        self._cache[path] = rows
+        kept = 0
+        for other in reversed(list(self._cache)):
+            kept += len(self._cache[other])
+            if kept > CACHED_ROWS and other != path:
+                del self._cache[other]
         return rows
+
+    def _pieces_of(self, path: Path) -> PieceReader:
+        """The texts of tokens of an event file, as far as its rows have been read."""
+        pieces = self._pieces.pop(path, None) or PieceReader(path)
+        self._pieces[path] = pieces
+        while len(self._pieces) > CACHED_PIECES:
+            del self._pieces[next(iter(self._pieces))]
+        rows = self._cache.get(path) or self._read(path)
+        pieces.read(rows.pieces)
+        return pieces
 
 
 def is_run(path: Path) -> bool:
@@ -180,12 +206,6 @@ def _read_events(row: Row) -> list[Mapping[str, Any]]:
     if not ours or events[0].get("type") != "traj_start":
         raise JournalError(f"{row.file}: trajectory {row.id}: the index is not this file's")
     return events
-
-
-def _row(raw: RawRow, place: Place, name: FileName, path: Path) -> Row:
-    """A snapshot: `raw` goes on being counted up while the run is written."""
-    fields = raw | {"tool_failures": dict(raw["tool_failures"]), "lines": tuple(raw["lines"])}
-    return Row(**fields, **place._asdict(), **name._asdict(), file=path)
 
 
 def _few(known: set[str], key: str) -> list[str]:

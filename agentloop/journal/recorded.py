@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from agentloop.journal.format import FrameRef, JournalError, TokenFrame, decode_frame
+from agentloop.journal.pieces import PieceReader
 from agentloop.trajectory import (
     MIXED,
     CallRecord,
@@ -35,13 +37,10 @@ MIXED_VERSION = -2
 """In the column `weight_version`: sampled while the weights changed, and nobody told at which token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What a listing tells of a trajectory; cheap to read."""
 
     id: str
-    partition: str
-    step: int
     uid: str
     sibling: int
     attempt: int
@@ -67,12 +66,32 @@ class Row:
     """Calls whose status is not `ok`, by status."""
     score_s: float
     total_s: float
+    missing: Sequence[str]
+    """What an imported trajectory's source did not record, by the names of `MISSING`: there, a 0 here means nothing. Empty
+    for what agentloop recorded itself."""
+    places: str
+    """Offset and length of each of its events in the file, `0 120 480 96 ...`."""
+
+    partition: str
+    step: int
     writer: str
     generation: int
-    file: Path = field(repr=False)
+    file: Path
     """The event file."""
-    lines: Sequence[Sequence[int]] = field(repr=False)
-    """Offset and length of each of its events there."""
+
+    @property
+    def lines(self) -> list[tuple[int, int]]:
+        """Offset and length of each of its events in the file. Raises `ValueError` if the index is damaged."""
+        numbers = [int(number) for number in self.places.split()]
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+SHARED_FIELDS = ("partition", "step", "writer", "generation", "file")
+"""The last ones of a row: all rows of a file have the same."""
+MISSING = ("t", "end_reason", "masked", "turns", "tokens", "tool_calls", "tool_status", "tool_s", "generate_s", "stop_reason",
+           "log_probs", "weight_version", "total_s")  # fmt: skip
+"""What a source may not have recorded. `tokens`: neither numbers nor ids; `turns`: what each turn wrote; `tool_status`: whether
+calls failed; `tool_s`, `generate_s`, `total_s`: seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +144,6 @@ class RecordedTrajectory:
     """Without `fields`, which the journal does not keep."""
     turns: list[Turn]
     """With their calls in the order in which the model wrote them; without `engine_data`."""
-    texts: list[str | None]
-    """What the model wrote in each turn, control tokens included; `None` if the writer had no tokenizer."""
     reward: Reward | None
     segments: list[tuple[Origin, int, int]]
     """Origin, number of tokens, turn."""
@@ -134,10 +151,17 @@ class RecordedTrajectory:
     """When each turn's generation was recorded, in seconds since 1970."""
     columns: Columns | None
     """`None` if it was loaded without tokens."""
+    text_source: TextSource = field(repr=False, compare=False)
     answers: list[dict[str, CallRecord]] = field(default_factory=list)
     """For each turn what its calls came to, by call id, before the loop cut long answers to fit."""
     sampling: Mapping[str, Any] | None = None
     """How it was sampled, by the names of `Sampling`; `None` if the writer was not told."""
+
+    @cached_property
+    def texts(self) -> list[str | None]:
+        """What the model wrote in each turn, control tokens included; `None` if the writer had no tokenizer, or the text is
+        damaged. Read when first asked for."""
+        return [self.text_source.text(turn.index) for turn in self.turns]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -213,24 +237,25 @@ class RecordedTrajectory:
         return self.columns
 
 
-def build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | None) -> RecordedTrajectory:
-    """Put the events of one trajectory together; `token_file=None` leaves the tokens out.
+def build(
+    row: Row, events: Sequence[Mapping[str, Any]], token_file: Path, pieces: PieceReader, *, tokens: bool = True
+) -> RecordedTrajectory:
+    """Put the events of one trajectory together, with its tokens or without.
 
     Raises `JournalError` if a frame is damaged or missing, or the tokens are not those that the writer counted.
     """
     try:
-        return _build(row, events, token_file)
+        return _build(row, events, TokenFiles(token_file, pieces), tokens)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise JournalError(f"{row.file}: trajectory {row.id}: an event is missing or damaged: {error!r}") from error
 
 
-def _build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | None) -> RecordedTrajectory:
+def _build(row: Row, events: Sequence[Mapping[str, Any]], files: TokenFiles, tokens: bool) -> RecordedTrajectory:
     start = events[0]
     for kind, value in ((EndReason, row.end_reason), (State, row.state)):
         if value is not None:
             kind(value)
     turns: list[Turn] = []
-    texts: list[str | None] = []
     times: list[float] = []
     calls: dict[int, list[CallRecord]] = {}
     segments: list[tuple[Origin, int, int]] = []
@@ -241,7 +266,6 @@ def _build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | Non
         segments += [(Origin(origin), n, event.get("turn", -1)) for origin, n in event.get("segments") or ()]
         if kind == "turn":
             turns.append(_turn(event))
-            texts.append(event.get("text"))
             times.append(event["t"])
         elif kind == "tool":
             calls.setdefault(event["turn"], []).append(_call_record(event))
@@ -260,20 +284,71 @@ def _build(row: Row, events: Sequence[Mapping[str, Any]], token_file: Path | Non
             turn.calls = [turn.calls[place] for place in settled["calls"]]
             turn.tools_s, turn.closed_by_template = settled["tools_s"], settled["closed_by_template"]
             turn.parse_errors = settled["parse_errors"]
-    columns = _columns(row, events, segments, turns, token_file) if token_file is not None else None
-    if (
-        columns is not None
-        and end is not None
-        and (len(columns), zlib.crc32(columns.ids.tobytes()))
-        != (
-            end["tokens"],
-            end["crc"],
-        )
-    ):
-        raise JournalError(f"{row.file}: trajectory {row.id}: its tokens are not those that were counted when it ended")
+    columns = _columns(row, events, segments, turns, files) if tokens else None
+    if columns is not None and end is not None:
+        found = (len(columns), zlib.crc32(columns.ids.tobytes()))
+        if found != (end["tokens"], end["crc"]):
+            raise JournalError(f"{row.file}: trajectory {row.id}: its tokens are not those that were counted when it ended")
     tools = start["sample"]["tools"]
     sample = Sample(**{**start["sample"], "tools": None if tools is None else tuple(tools)})
-    return RecordedTrajectory(row, sample, turns, texts, reward, segments, times, columns, answers, start.get("sampling"))
+    texts = TextSource({event["turn"]: event for event in events if event["type"] == "turn"}, files)
+    return RecordedTrajectory(row, sample, turns, reward, segments, times, columns, texts, answers, start.get("sampling"))
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """What the tokens of an event file are read from."""
+
+    tokens: Path
+    pieces: PieceReader
+
+    def frames(self, events: Iterable[Mapping[str, Any]]) -> list[TokenFrame]:
+        """The frames of these events, in order, without their texts. Raises `JournalError`."""
+        refs = [FrameRef(**event["tok"]) for event in events if event.get("tok")]
+        if not refs:
+            return []
+        frames = []
+        try:
+            with self.tokens.open("rb") as file:
+                for ref in refs:
+                    file.seek(ref.off)
+                    frames.append(decode_frame(file.read(ref.len), ref.crc, f"{self.tokens}, offset {ref.off}"))
+        except OSError as error:
+            raise JournalError(f"{self.tokens}: {error.strerror}") from error
+        return frames
+
+    def texts(self, frames: Sequence[TokenFrame], ids: Any) -> tuple[Any, bytes]:
+        """Lengths (uint16) and joined bytes of the tokens of some frames; `None` and nothing if one has no text."""
+        if not all(frame.has_text for frame in frames):
+            return None, b""
+        if all(frame.piece_lens is None for frame in frames):
+            return self.pieces.lookup(ids)
+        found = [(f.piece_lens, f.piece_bytes) if f.piece_lens is not None else self.pieces.lookup(f.ids) for f in frames]
+        return _joined([lens for lens, _ in found], np.uint16), b"".join(text for _, text in found)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Looks up what the model wrote, when asked."""
+
+    turns: Mapping[int, Mapping[str, Any]]
+    """The event of each turn."""
+    files: TokenFiles
+
+    def text(self, turn: int) -> str | None:
+        event = self.turns[turn]
+        if "text" in event:
+            told: str | None = event["text"]
+            return told
+        try:
+            frames = self.files.frames([event])
+            return None if not frames else _text(*self.files.texts(frames, frames[0].ids))
+        except (JournalError, TypeError):
+            return None
+
+
+def _text(lens: Any, text: bytes) -> str | None:
+    return None if lens is None else text.decode("utf-8", "replace")
 
 
 def _columns(
@@ -281,12 +356,12 @@ def _columns(
     events: Sequence[Mapping[str, Any]],
     segments: Sequence[tuple[Origin, int, int]],
     turns: Sequence[Turn],
-    token_file: Path,
+    files: TokenFiles,
 ) -> Columns:
-    frames = _frames(events, token_file)
+    frames = files.frames(events)
     counts = [n for _, n, _ in segments]
     if sum(counts) != sum(len(frame.ids) for frame in frames):
-        raise JournalError(f"{token_file}: trajectory {row.id}: a frame's length is not its event's")
+        raise JournalError(f"{files.tokens}: trajectory {row.id}: a frame's length is not its event's")
     origins: Any = np.repeat(np.array([ORIGINS.index(origin) for origin, _, _ in segments], np.uint8), counts)
     turn_of: Any = np.repeat(np.array([turn for _, _, turn in segments], np.int16), counts)
     mask = (origins == ORIGINS.index(Origin.SAMPLED)).astype(np.uint8)
@@ -297,32 +372,18 @@ def _columns(
             versions[at : at + count] = MIXED_VERSION if version == MIXED else NO_VERSION if version is None else version
             at += count
     log_probs = [np.full(len(f.ids), np.nan, np.float32) if f.log_probs is None else f.log_probs for f in frames]
-    has_text = all(frame.piece_lens is not None for frame in frames)
+    ids = _joined([frame.ids for frame in frames], np.uint32)
+    piece_lens, piece_bytes = files.texts(frames, ids)
     return Columns(
-        ids=_joined([frame.ids for frame in frames], np.uint32),
+        ids=ids,
         origin=origins,
         mask=mask,
         log_probs=_joined(log_probs, np.float32),
         turn=turn_of,
         weight_version=versions,
-        piece_lens=_joined([frame.piece_lens for frame in frames], np.uint16) if has_text else None,
-        piece_bytes=b"".join(frame.piece_bytes for frame in frames),
+        piece_lens=piece_lens,
+        piece_bytes=piece_bytes,
     )
-
-
-def _frames(events: Sequence[Mapping[str, Any]], token_file: Path) -> list[TokenFrame]:
-    refs = [FrameRef(**event["tok"]) for event in events if event.get("tok")]
-    if not refs:
-        return []
-    frames = []
-    try:
-        with token_file.open("rb") as file:
-            for ref in refs:
-                file.seek(ref.off)
-                frames.append(decode_frame(file.read(ref.len), ref.crc, f"{token_file}, offset {ref.off}"))
-    except OSError as error:
-        raise JournalError(f"{token_file}: {error.strerror}") from error
-    return frames
 
 
 def _joined(arrays: list[Any], dtype: Any) -> Any:

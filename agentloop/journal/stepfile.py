@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from agentloop.journal.format import (
     FileName,
     FrameRef,
     Place,
-    TokenFrame,
     dump_line,
     encode_frame,
 )
 from agentloop.journal.index import Rows, read_rows
-from agentloop.journal.pieces import PieceTable
+from agentloop.journal.pieces import PieceBytes, PieceTeller, pieces_event
 from agentloop.trajectory import Segment
 
 LEVEL = 1
@@ -77,7 +75,8 @@ class StepFile:
         folder = run_dir / place.folder
         self.events = Appender(folder / (name.stem + EVENTS_SUFFIX))
         self.tokens = Appender(folder / (name.stem + TOKENS_SUFFIX))
-        self.rows = Rows()
+        self.rows = Rows(self.events.path)
+        self.told = PieceTeller()
         self.events.open()
         self.tokens.open()
         if self.events.size:  # an earlier writer of the same name left off here, maybe within a line
@@ -93,21 +92,27 @@ class StepFile:
         self,
         event: dict[str, Any],
         segments: Sequence[Segment],
-        pieces: PieceTable | None,
+        decode: PieceBytes | None,
         compressor: zstandard.ZstdCompressor,
     ) -> None:
-        """Append one event; the tokens of `segments` go before it into the token file. Raises `OSError`."""
+        """Append one event; before it the tokens of `segments`, and the texts of those that come for the first time here.
+        Raises `OSError`."""
         if segments:
-            frame = _frame(segments, pieces)
-            record, length, crc = encode_frame(frame, compressor)
+            ids, log_probs = _columns(segments)
+            fresh = self.told.untold(ids) if decode is not None else []
+            if decode is not None and fresh:
+                self._append(pieces_event(fresh, decode, event["t"]))
+                self.told.tell(fresh)
+            record, length, crc = encode_frame(ids, log_probs, decode is not None, compressor)
             offset = self.tokens.append(record) + PREFIX_SIZE
             event.setdefault("start", segments[0].start)
             event["segments"] = [(segment.origin, len(segment.ids)) for segment in segments]
             event["tok"] = FrameRef(offset, length, crc)._asdict()
-            if event["type"] == "turn" and pieces is not None:
-                event["text"] = frame.piece_bytes.decode("utf-8", "replace")
-        elif event["type"] == "turn" and pieces is not None:
+        elif event["type"] == "turn" and decode is not None:
             event["text"] = ""
+        self._append(event)
+
+    def _append(self, event: dict[str, Any]) -> None:
         line = dump_line(event)
         offset = self.events.append(line)
         self.rows.feed(event, offset, len(line))
@@ -116,7 +121,7 @@ class StepFile:
     def save_index(self) -> None:
         """Write the index if anything was added since. Raises `OSError`."""
         if self._indexed != self.rows.size:
-            self.rows.save(self.events.path)
+            self.rows.save()
             self._indexed = self.rows.size
 
     def close(self) -> None:
@@ -125,17 +130,17 @@ class StepFile:
         self.tokens.close()
 
 
-def _frame(segments: Sequence[Segment], pieces: PieceTable | None) -> TokenFrame:
-    ids = np.concatenate([np.frombuffer(array("I", segment.ids), np.uint32) for segment in segments])
+def _columns(segments: Sequence[Segment]) -> tuple[Any, Any]:
+    """Ids (uint32, (n,)) and log-probabilities (float32, (n,), NaN where there is none; or `None`)."""
+    ids = b"".join([struct.pack(f"{len(segment.ids)}I", *segment.ids) for segment in segments])
     log_probs = None
     if any(segment.log_probs is not None for segment in segments):
-        log_probs = np.concatenate(
-            [
-                np.full(len(segment.ids), np.nan, np.float32)
-                if segment.log_probs is None
-                else np.frombuffer(struct.pack(f"{len(segment.ids)}f", *segment.log_probs), np.float32)
-                for segment in segments
-            ]
-        )
-    lens, text = pieces.lookup(ids) if pieces is not None else (None, b"")
-    return TokenFrame(ids, log_probs, lens, text)
+        columns = [
+            _NAN * len(segment.ids) if segment.log_probs is None else struct.pack(f"{len(segment.ids)}f", *segment.log_probs)
+            for segment in segments
+        ]
+        log_probs = np.frombuffer(b"".join(columns), np.float32)
+    return np.frombuffer(ids, np.uint32), log_probs
+
+
+_NAN = struct.pack("f", float("nan"))

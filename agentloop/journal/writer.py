@@ -19,7 +19,7 @@ import zstandard
 from agentloop.errors import ConfigError
 from agentloop.journal.format import WRITER_NAME, FileName, Place
 from agentloop.journal.meta import next_generation, write_run
-from agentloop.journal.pieces import PieceBytes, PieceTable
+from agentloop.journal.pieces import PieceBytes
 from agentloop.journal.stepfile import LEVEL, StepFile
 from agentloop.trajectory import CallRecord, CallStatus, Origin, Sample, Segment, Trajectory, Turn
 
@@ -110,7 +110,7 @@ class JournalWriter:
         self._told: weakref.WeakKeyDictionary[Trajectory, _Told] = weakref.WeakKeyDictionary()
         self._queue: queue.SimpleQueue[_Event | threading.Event | None] = queue.SimpleQueue()
         self._queue_limit = queue_limit
-        self._pieces = PieceTable(decode) if decode is not None else None
+        self._decode = decode
         self._compressor = zstandard.ZstdCompressor(level=LEVEL)
         self._files: dict[Place, StepFile] = {}
         """Least recently used first. Touched by the thread alone, as the two above."""
@@ -303,7 +303,7 @@ class JournalWriter:
                 return
             if kind == "traj_end":
                 item.body.update(_run_lengths(item.everything, item.body["turns"]))
-            file.write(item.body, item.segments, self._pieces, self._compressor)
+            file.write(item.body, item.segments, self._decode, self._compressor)
             if kind == "traj_end":
                 file.open_ids.discard(key)
         except OSError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from agentloop.journal import token_bytes
-from agentloop.journal.pieces import PieceTable
+from agentloop.journal import JournalError, token_bytes
+from agentloop.journal.format import dump_line
+from agentloop.journal.pieces import PieceReader, PieceTeller, pieces_event
 
 TEXT = "Été à Zürich: 価格は 12 € 🙂👩‍👩‍👧 \t\n  x_1 = [1, 2]\r\n" * 3
 ADDED = ["<|im_end|>", "<tool_call>", "<｜tool▁calls▁begin｜>"]
@@ -55,24 +58,32 @@ def test_ids_that_are_no_tokens_are_empty() -> None:
     assert piece(10**6) == b""
 
 
-def test_a_table_looks_up_what_decode_says() -> None:
-    asked: list[int] = []
-
+def test_what_is_told_of_tokens_is_read_back_and_told_once(tmp_path: Path) -> None:
     def decode(token_id: int) -> bytes:
-        asked.append(token_id)
-        return b"x" * (token_id % 7)
+        return bytes([token_id % 256, 10, 0x85]) * (token_id % 7)
 
-    table = PieceTable(decode)
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        ids = rng.integers(0, 5000, 300).astype(np.uint32)
-        lens, text = table.lookup(ids)
-        assert lens.tolist() == [i % 7 for i in ids.tolist()]
-        assert text == b"x" * int(lens.sum())
-    assert len(asked) == len(set(asked)), "each id is asked for once"
-    lens, text = table.lookup(np.array([4_000_000_000, 1], np.uint32))
-    assert (lens.tolist(), text) == ([4_000_000_000 % 7, 1], b"x" * (4_000_000_000 % 7 + 1))
-    assert table.lookup(np.empty(0, np.uint32))[1] == b""
+    path, teller, reader = tmp_path / "events", PieceTeller(), PieceReader(tmp_path / "events")
+    rng, places, told = np.random.default_rng(0), [], []
+    for large in (1, 1, 1, 10**6):
+        for _ in range(5):
+            ids = (rng.integers(0, 4000, 300) * large).astype(np.uint32)
+            fresh = teller.untold(ids)
+            told += fresh
+            if fresh:
+                teller.tell(fresh)
+                line = dump_line(pieces_event(fresh, decode, 0.0))
+                assert len(line.decode().splitlines()) == 1, "whatever a program takes for a line's end"
+                with path.open("ab") as file:
+                    places.append((file.tell(), len(line)))
+                    file.write(line)
+            reader.read(places)
+            lens, text = reader.lookup(ids)
+            assert lens.tolist() == [len(decode(i)) for i in ids.tolist()]
+            assert text == b"".join(decode(i) for i in ids.tolist())
+    assert len(told) == len(set(told)), "each id is told once"
+    assert reader.lookup(np.empty(0, np.uint32))[1] == b""
+    with pytest.raises(JournalError, match="the text of token 4000000001 is missing"):
+        reader.lookup(np.array([told[0], 4_000_000_001], np.uint32))
 
 
 def _is_text(piece: bytes) -> bool:
