@@ -43,7 +43,7 @@ HOSTILE = (
     "\x1b]0;title\x07 safe\u202egnp.exe\u2066 \u200f \x00 \ud800 {{7*7}} ${7*7} javascript:alert(1)\r\n"
     "<style>*{display:none}</style><svg onload=alert(1)> &lt;b&gt; ' \" ` \u2028"
 )
-"""What a tool says. The lone surrogate is legal in a Python string and in JSON, not in UTF-8."""
+"""What a tool says. A lone surrogate is legal in a Python string and not in UTF-8; the tools make U+FFFD of it."""
 TEXT = "日本語のテキスト 🙂 👩‍👩‍👧 été\n    indented\n\ttab"
 """What a model says; its tokenizer has bytes for these, so characters are split over tokens."""
 
