@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -254,10 +254,12 @@ def run_meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     schemas: list[Any] = []
+    final: list[str] = []
     if settings.tools or settings.function_tools:
         from agentloop.tools import ToolRegistry
 
-        schemas = ToolRegistry.load(settings.tools, settings.function_tools).schemas
+        registry = ToolRegistry.load(settings.tools, settings.function_tools)
+        schemas, final = registry.schemas, [entry.name for entry in registry if entry.final]
     container: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     return {
         "seed": settings.seed,
@@ -268,12 +270,22 @@ def run_meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
         "setup": {
             "tools": settings.tools,
             "function_tools": settings.function_tools,
+            "final_tools": final,
             "parser": settings.parser,
             "renderer": settings.renderer,
             "template_kwargs": settings.template_kwargs,
             "chat_template": container["actor_rollout_ref"]["model"].get("custom_chat_template"),
+            "reward": _reward_function(container),
         },
     }
+
+
+def _reward_function(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`reward.custom_reward_function` as `agentloop.rewards.load_reward` takes it; `None` if there is none."""
+    told = (config.get("reward") or {}).get("custom_reward_function") or {}
+    if not told.get("path"):
+        return None
+    return {"reward": f"{told['path']}:{told.get('name') or 'compute_score'}", "kwargs": dict(told.get("reward_kwargs") or {})}
 
 
 def _for_verl(fields: dict[str, Any], trajectory: Trajectory) -> dict[str, Any]:
