@@ -248,7 +248,7 @@ class Payload:
             if len(hits) >= limit:
                 break
             searched += 1
-            hit = first_hit(row, text)
+            hit = first_hit(self.run, row, text)
             if hit is not None:
                 hits.append({"key": key_of(row)} | hit)
         return {"kind": "search", "hits": hits, "searched": searched}

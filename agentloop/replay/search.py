@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from agentloop.journal.format import dump_json, load_line
+from agentloop.journal.format import JournalError, dump_json, load_line
+from agentloop.journal.reader import Run
 from agentloop.journal.recorded import Row
 
 AROUND = 60
@@ -18,21 +19,22 @@ class _Text(NamedTuple):
     text: str
 
 
-def first_hit(row: Row, text: str) -> dict[str, Any] | None:
+def first_hit(run: Run, row: Row, text: str) -> dict[str, Any] | None:
     """`turn`, `where` and `excerpt` of the first place in a trajectory that holds `text`, whatever its case; `None` if no
     place does, or its events cannot be read."""
     wanted = text.casefold()
     try:
-        for found in _texts(row):
+        for found in _texts(run, row):
             at = found.text.casefold().find(wanted)
             if at >= 0:
                 return {"turn": found.turn, "where": found.where, "excerpt": _excerpt(found.text, at, len(text))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (JournalError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
     return None
 
 
-def _texts(row: Row) -> Iterator[_Text]:
+def _texts(run: Run, row: Row) -> Iterator[_Text]:
+    said: Sequence[str | None] | None = None
     with row.file.open("rb") as file:
         for offset, length in row.lines:
             file.seek(offset)
@@ -40,8 +42,9 @@ def _texts(row: Row) -> Iterator[_Text]:
             if event["type"] == "traj_start":
                 for message in event["sample"]["messages"]:
                     yield _Text(-1, "prompt", _plain(message.get("content")))
-            elif event["type"] == "turn" and event.get("text"):
-                yield _Text(event["turn"], "text", event["text"])
+            elif event["type"] == "turn":
+                said = run.load(row, tokens=False).texts if said is None else said  # events do not repeat the tokens' text
+                yield _Text(event["turn"], "text", said[event["turn"]] or "")
             elif event["type"] == "tool":
                 where = "result" if event["status"] == "ok" else "error"
                 yield _Text(event["turn"], "call", f"{event['call']['name']} {_plain(event['call']['arguments'])}")
