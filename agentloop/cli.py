@@ -26,6 +26,8 @@ _COMMANDS = {
     "stats": ("agentloop.commands.journal", "stats"),
     "logprobs": ("agentloop.commands.logprobs", "logprobs"),
     "export": ("agentloop.commands.journal", "export"),
+    "replay": ("agentloop.commands.replay", "replay"),
+    "fork": ("agentloop.commands.fork", "fork"),
 }
 _CONTEXT = {"train": {"allow_extra_args": True, "ignore_unknown_options": True}}
 

@@ -52,7 +52,7 @@ def loop_of(
     from agentloop.chat.load import load_parser, load_renderer
 
     if tokenizer is None:
-        tokenizer = _tokenizer(str(model) if model is not None else meta.get("model"), where)
+        tokenizer = tokenizer_of(cassette.run, model)
     template_kwargs = setup.get("template_kwargs") or {}
 
     def renderer(own: Mapping[str, Any]) -> Any:
@@ -94,16 +94,19 @@ def reward_of(run: Run | str | Path) -> RewardFunction | None:
     return load_reward(told["reward"], told.get("kwargs") or {})
 
 
-def _tokenizer(model: Any, where: str) -> Any:
-    if not model:
-        raise ConfigError(f"{where}: key 'model' is missing, which names the tokenizer; give the model")
+def tokenizer_of(run: Run | str | Path, model: str | Path | None = None) -> Any:
+    """The tokenizer of `model`, by default of the model that `run.json` names. Raises `ConfigError` if there is none."""
+    path = run.path if isinstance(run, Run) else Path(run)
+    name = str(model) if model is not None else read_run(path).get("model")
+    if not name:
+        raise ConfigError(f"{path / 'run.json'}: key 'model' is missing, which names the tokenizer; give the model")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(model))
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"the tokenizer of the model '{model}' cannot be loaded: {line}; give the model") from error
+        raise ConfigError(f"the tokenizer of the model '{name}' cannot be loaded: {line}; give the model") from error
 
 
 def _tools(
@@ -134,8 +137,8 @@ def load_engine(
     tokenizer: Any = None,
 ) -> Engine:
     """An engine by name: `cassette` plays the run back, `local` loads `model` (default: the run's), `sglang_server` asks the
-    servers at `url`, `scripted` plays a JSON file, a list of what the model writes from turn to turn. `ConfigError` for what is
-    missing or cannot be loaded."""
+    servers at `url`, `scripted` plays a JSON file, a list of what the model writes from turn to turn (for which it needs the
+    `tokenizer`). `ConfigError` for what is missing or cannot be loaded."""
     if name not in ENGINES:
         raise ConfigError(f"no engine '{name}'; {nearest(name, ENGINES)}")
     cassette = cassette_of(run)
