@@ -43,6 +43,11 @@ ANSWER_ROOM = 1 << 16
 """Bytes that a child's answer may have beside its value."""
 DYING_S = 0.5
 """How long a child that has closed its answers' pipe may take to end."""
+NOTHING: dict[str, Any] = {
+    **{"status": "error", "exit": None, "value": None, "value_cut": 0, "stdout": 0, "stdout_cut": 0, "stderr_cut": 0},
+    **{"state_lost": False, "run_s": 0.0, "cpu_s": None, "peak_mb": None},
+}
+"""The answer to a run that could not begin."""
 ROOT = "/tmp"
 WORK = "/tmp/work"
 
@@ -475,11 +480,15 @@ class Driver:
         began, kills, cpu = time.monotonic(), self.counters.oom_kills(), self.counters.cpu_s()
         old = processes() if shell else set()
         if shell:
-            child = Child(self.open_files, request["language"], request["code"])
+            try:
+                child = Child(self.open_files, request["language"], request["code"])
+            except OSError as error:  # what the session has left running fills the process limit
+                self.send(dict(NOTHING, id=request["id"], error="no process could be started: %s" % error.strerror))
+                return
             data = request["stdin"].encode("utf-8", "surrogateescape")
         else:
             child = self.interpreter()
-            for fd in (child.out, child.err):  # of what an earlier run left behind
+            for fd in (child.out, child.err, child.answer):  # of what an earlier run left behind
                 drain_fd(fd)
             names = ("code", "stdin", "value_bytes", "last")
             data = json.dumps({name: request[name] for name in names}).encode()
@@ -507,6 +516,8 @@ class Driver:
         if self.python is not None and self.python.status is not None:
             self.forget_python()
             state_lost = not request["last"]
+        if answer.get("value") is not None:
+            answer["value"] = answer["value"].encode()[: request["value_bytes"]].decode("utf-8", "ignore")
         cpu_now = self.counters.cpu_s()
         out, err = watch.out.kept(), watch.err.kept()
         self.send(
@@ -755,7 +766,9 @@ def understood(data: bytes) -> dict[str, Any]:
         value, cut, code, memory = given["value"], given["value_cut"], given["exit"], given["memory"]
         if not (value is None or isinstance(value, str)) or not isinstance(cut, int) or not isinstance(code, int):
             return {}
-        return {"value": value, "value_cut": cut, "exit": code & 255, "memory": bool(memory)}
+        if value is not None:
+            value = value.encode("utf-8", "replace").decode()  # half of a surrogate pair can be nobody's text
+        return {"value": value, "value_cut": max(0, min(cut, 1 << 62)), "exit": code & 255, "memory": bool(memory)}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 

@@ -111,7 +111,8 @@ class Engine:
                 security_opt=security,
                 ulimits=[
                     {"Name": "nofile", "Soft": files, "Hard": files},
-                    {"Name": "core", "Soft": 0, "Hard": 0},
+                    {"Name": "core", "Soft": 1, "Hard": 1},  # with 0 the kernel starts a `core_pattern` that is a program
+                    {"Name": "sigpending", "Soft": 1024, "Hard": 1024},  # counted over all containers: they have one user
                 ],
                 ipc_mode="none",
                 log_config={"Type": "none", "Config": {}},

@@ -55,7 +55,8 @@ def set_limits(limits: dict[str, Any], *, whole: bool) -> None:
         resource.RLIMIT_NOFILE: limits["open_files"],
         resource.RLIMIT_NPROC: limits["processes"],
         resource.RLIMIT_FSIZE: limits["disk_mb"] * 2**20,
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # 0 does not keep the kernel from starting a `core_pattern` that is a program, on the host
+        resource.RLIMIT_SIGPENDING: 1024,  # counted over all processes of a user, elsewhere too
         resource.RLIMIT_MEMLOCK: 64 * 1024,
     }
     if whole:

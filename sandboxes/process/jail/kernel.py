@@ -125,14 +125,22 @@ _DENIED = {  # name: x86-64, AArch64
     "vhangup": (153, 58), "sethostname": (170, 161), "setdomainname": (171, 162), "fanotify_init": (300, 262),
     "fanotify_mark": (301, 263), "mbind": (237, 235), "set_mempolicy": (238, 237), "migrate_pages": (256, 238),
     "move_pages": (279, 239), "nfsservctl": (180, 42), "lookup_dcookie": (212, 18),
+    "inotify_init": (253, None), "inotify_init1": (294, 26),  # they see what the host opens of the files that it shares
+    "sync": (162, 81), "syncfs": (306, 267),
 }  # fmt: skip
 _CHECKED = {
-    "clone": (56, 220), "socket": (41, 198), "ioctl": (16, 29), "personality": (135, 92), "prlimit64": (302, 261),
+    "clone": (56, 220), "socket": (41, 198), "socketpair": (53, 199), "ioctl": (16, 29), "personality": (135, 92),
+    "prlimit64": (302, 261), "fcntl": (72, 25), "mmap": (9, 222), "memfd_create": (319, 279), "shmget": (29, 194),
 }  # fmt: skip
 _CLONE3 = 435
 _NAMESPACES = (
     CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWTIME
 ) & ~0xFF  # the low byte of clone's flags is the exit signal
+_CLONE_PARENT = 0x8000
+"""A child of the template: nothing but its own children may end there."""
+_F_SETLEASE, _F_NOTIFY = 1024, 1026
+_MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
+"""Pages of the host's reserve, which no memory group counts."""
 _AF_UNIX, _TIOCSTI, _TIOCLINUX = 1, 0x5412, 0x541C
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _LD, _JEQ, _JGT, _JGE, _JSET, _RET = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
@@ -141,8 +149,9 @@ _SECCOMP_CALL = {"x86_64": 317, "aarch64": 277}
 
 
 def seccomp_program(machine: str | None = None) -> bytes:
-    """The filter, as BPF: denied are namespaces, mounts, tracing, keys, io_uring, modules, clocks and all sockets but unix
-    ones; what is newer than this list does not exist. Everything else is allowed. Empty for an unknown architecture."""
+    """The filter, as BPF: denied are namespaces, mounts, tracing, keys, io_uring, modules, clocks, all sockets but unix ones,
+    leases and watches on files, and huge pages; what is newer than this list does not exist. Everything else is allowed. Empty
+    for an unknown architecture."""
     machine = machine or platform.machine()
     if machine not in _ARCH:
         return b""
@@ -164,8 +173,13 @@ def seccomp_program(machine: str | None = None) -> bytes:
             code += [(_JEQ, 0, 1, number), refuse(errno.EPERM)]
     allow = (_RET, 0, 0, _ALLOW)
     checks = {
-        "clone": [argument(0), (_JSET, 0, 1, _NAMESPACES), refuse(errno.EPERM), allow],
+        "clone": [argument(0), (_JSET, 0, 1, _NAMESPACES | _CLONE_PARENT), refuse(errno.EPERM), allow],
         "socket": [argument(0), (_JEQ, 1, 0, _AF_UNIX), refuse(errno.EAFNOSUPPORT), allow],
+        "socketpair": [argument(0), (_JEQ, 1, 0, _AF_UNIX), refuse(errno.EAFNOSUPPORT), allow],
+        "fcntl": [argument(1), (_JEQ, 1, 0, _F_SETLEASE), (_JEQ, 0, 1, _F_NOTIFY), refuse(errno.EPERM), allow],
+        "mmap": [argument(3), (_JSET, 0, 1, _MAP_HUGETLB), refuse(errno.ENOMEM), allow],
+        "memfd_create": [argument(1), (_JSET, 0, 1, _MFD_HUGETLB), refuse(errno.EPERM), allow],
+        "shmget": [argument(2), (_JSET, 0, 1, _SHM_HUGETLB), refuse(errno.EPERM), allow],
         "ioctl": [argument(1), (_JEQ, 1, 0, _TIOCSTI), (_JEQ, 0, 1, _TIOCLINUX), refuse(errno.EPERM), allow],
         "prlimit64": [argument(0), (_JEQ, 1, 0, 0), refuse(errno.EPERM), allow],  # of oneself alone
         "personality": [argument(0), (_JEQ, 2, 0, 0), (_JEQ, 1, 0, 0xFFFFFFFF), refuse(errno.EPERM), allow],

@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,8 @@ class Place:
         self.unpacker = wire.Unpacker()
         self.requests: list[tuple[dict[str, Any], list[bytes]]] = []
         self.limits: dict[str, Any] = {}
+        self.lost = False
+        """The interpreter was ended between two runs."""
         self.wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # PID 1 is out of its children's reach but for what it handles
@@ -208,7 +211,34 @@ class Place:
     # --- processes ---
 
     def _fork(self) -> Child:
-        """A new process that waits for its first job, fenced in. Raises `Full` and `Broken`."""
+        """A new process that waits for its first job, fenced in. Raises `Full` and `Broken`.
+
+        If it fails, what the session has left may be to blame: a process that kills all others, a folder that nobody may enter.
+        That is ended and mended once, so that the code cannot pass its own failure for the machinery's."""
+        try:
+            return self._fork_once()
+        except Broken:
+            self.lost = self.lost or self.interpreter is not None
+            self._kill_all()
+            self._mend()
+            return self._fork_once()
+
+    def _mend(self) -> None:
+        """Make the working folder one that can be entered; what took its place, where code can do that, is removed."""
+        try:
+            os.chmod(HOME, 0o755)
+            if not stat.S_ISDIR(os.lstat(WORK).st_mode):
+                os.unlink(WORK)
+        except FileNotFoundError:
+            pass
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(WORK)
+            os.chmod(WORK, 0o700)
+        except OSError as error:
+            raise Full(f"its working folder is gone: {error.strerror}") from None
+
+    def _fork_once(self) -> Child:
         self.template.send(b"f")
         heard = self._hear()
         while heard is None:
@@ -222,6 +252,7 @@ class Place:
         if fenced != FENCED:
             why = Kept(heard.err, 1000)
             why.read()
+            heard.close()
             raise Broken(f"a process could not be fenced in: {why.data.decode(errors='replace').strip() or 'it ended'}")
         channel.setblocking(False)
         return heard
@@ -298,7 +329,8 @@ class Place:
         oom = self.group.kills() > kills
         killed = end not in ("report", "exit")
         had_state = self.interpreter is not None and (killed or (python and child.exited is not None))
-        lost = had_state and not once
+        lost = (had_state or self.lost) and not once
+        self.lost = False
         if once and end == "report":
             self._kill()  # none of it runs on; it is waited for when the lease ends
         elif once or killed:
@@ -344,8 +376,9 @@ class Run:
         self.value: bytes | None = None
         self.outcome, self.left, self.length = driver.RAISED, 1, 0
         with contextlib.suppress(OSError):  # reports that nobody asked for
-            while child.channel.recv(1 << 16):
-                pass
+            for _ in range(64):  # somebody may go on and on
+                if not child.channel.recv(1 << 16):
+                    break
 
     def go(self) -> str:
         """Until it is over: `report` or `exit`, or what it is to be killed for: `timeout`, `cpu`, `memory`, `processes`,

@@ -43,9 +43,9 @@ class Plan:
 
 
 class Template:
-    def __init__(self, plan: Plan, launcher: socket.socket, threads: int) -> None:
-        """`threads`: this process's folder of threads, open."""
-        self.plan, self.launcher, self.threads = plan, launcher, threads
+    def __init__(self, plan: Plan, launcher: socket.socket, pid: int, threads: int) -> None:
+        """`pid`: the launcher's. `threads`: this process's folder of threads, open."""
+        self.plan, self.launcher, self.pid, self.threads = plan, launcher, pid, threads
         self.numbers: dict[int, int] = {}
         self.last = 0
         self.program = kernel.seccomp_program() if plan.seccomp else b""
@@ -76,9 +76,11 @@ class Template:
                 pid, status, used = os.wait4(-1, os.WNOHANG)
                 if pid == 0:
                     return
+                if pid == self.pid:
+                    os._exit(0)  # and with it everything in its namespace
                 number = self.numbers.pop(pid, None)
                 if number is None:
-                    os._exit(0)  # the launcher, and with it everything in its namespace
+                    continue
                 micros = int((used.ru_utime + used.ru_stime) * 1e6)
                 self.launcher.send(MESSAGE.pack(b"X", number, os.waitstatus_to_exitcode(status), micros))
 

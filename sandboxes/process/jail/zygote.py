@@ -110,7 +110,8 @@ def become_place(plan: Plan, group: Group, control: socket.socket, zygote: int, 
             kernel.prctl(kernel.PR_CAPBSET_DROP, capability)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     me = os.pidfd_open(os.getpid())
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         if select.select([me], [], [], 0)[0]:
             os._exit(0)
@@ -121,7 +122,7 @@ def become_place(plan: Plan, group: Group, control: socket.socket, zygote: int, 
     control.close()
     for fd in (me, *group.fds.values()):
         os.close(fd)
-    Template(plan, ours, threads).serve()
+    Template(plan, ours, pid, threads).serve()
 
 
 def mount_proc() -> None:

@@ -6,14 +6,11 @@ in the same run in which it throws the attack at every kind of sandbox.
 
 from __future__ import annotations
 
-from tests.conformance.attacks import control, files, kernel, memory, network, output, processes
+from tests.conformance.attacks import control, files, kernel, memory, network, output, processes, sharing
 from tests.conformance.attacks.base import Attack, Host, Outcome, Place, Target, carry_out
 
-ATTACKS: dict[str, Attack] = {
-    attack.name: attack for module in (processes, memory, network, files, output, control, kernel) for attack in module.ATTACKS
-}
-assert len(ATTACKS) == sum(len(module.ATTACKS) for module in (processes, memory, network, files, output, control, kernel)), (
-    "two attacks have one name"
-)
+MODULES = (processes, memory, network, files, output, control, kernel, sharing)
+ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
+assert len(ATTACKS) == sum(len(module.ATTACKS) for module in MODULES), "two attacks have one name"
 
 __all__ = ["ATTACKS", "Attack", "Host", "Outcome", "Place", "Target", "carry_out"]
