@@ -15,6 +15,7 @@ from agentloop.journal.reader import Run
 from agentloop.journal.recorded import MIXED_VERSION, NO_VERSION, ORIGINS, RecordedTrajectory, Row
 from agentloop.journal.train_side import TrainedTrajectory, TrainSide
 from agentloop.replay.badges import Badges
+from agentloop.replay.payload import told
 from agentloop.replay.runs import RunLike, as_run, chosen_rows
 from agentloop.trajectory import CallStatus, Turn
 
@@ -143,15 +144,15 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "complete": "bool",
         "end_reason": "string",
         "error": "string",
-        "masked": "bool",
+        "masked": "boolean",
         "badges": "object",
         "reward": "float64",
-        "turns": "int64",
-        "tokens": "int64",
-        "prompt_tokens": "int64",
-        "sampled_tokens": "int64",
-        "tool_calls": "int64",
-        "tool_failures": "int64",
+        "turns": "Int64",
+        "tokens": "Int64",
+        "prompt_tokens": "Int64",
+        "sampled_tokens": "Int64",
+        "tool_calls": "Int64",
+        "tool_failures": "Int64",
         "parse_errors": "Int64",
         "cut_turns": "Int64",
         "retries": "Int64",
@@ -165,7 +166,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "turn": "int64",
         "start": "int64",
         "end": "int64",
-        "tokens": "int64",
+        "tokens": "Int64",
         "stop_reason": "string",
         "min_weight_version": "Int64",
         "weight_version": "Int64",
@@ -173,8 +174,8 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "cached_tokens": "int64",
         "generate_s": "float64",
         "tools_s": "float64",
-        "tool_calls": "int64",
-        "tool_failures": "int64",
+        "tool_calls": "Int64",
+        "tool_failures": "Int64",
         "parse_errors": "string",
         "closed_by_template": "boolean",
         "reward": "float64",
@@ -189,7 +190,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "name": "string",
         "arguments": "object",
         "status": "string",
-        "ok": "bool",
+        "ok": "boolean",
         "text": "string",
         "reward": "float64",
         "attempts": "int64",
@@ -233,26 +234,26 @@ def _trajectories(source: _Source) -> list[dict[str, Any]]:
         trained = source.trained(recorded) if recorded is not None else None
         record = _key(row) | {
             "data_source": row.data_source,
-            "started": row.t,
+            "started": told(row, "t", row.t),
             "complete": row.complete,
-            "end_reason": row.end_reason,
+            "end_reason": told(row, "end_reason", row.end_reason),
             "error": row.error,
-            "masked": row.masked,
+            "masked": told(row, "masked", row.masked),
             "badges": tuple(marks),
             "reward": row.reward,
-            "turns": row.turns,
-            "tokens": row.tokens,
-            "prompt_tokens": row.prompt_tokens,
-            "sampled_tokens": row.sampled_tokens,
-            "tool_calls": row.tool_calls,
-            "tool_failures": sum(row.tool_failures.values()),
+            "turns": told(row, "turns", row.turns),
+            "tokens": told(row, "tokens", row.tokens),
+            "prompt_tokens": told(row, "tokens", row.prompt_tokens),
+            "sampled_tokens": told(row, "tokens", row.sampled_tokens),
+            "tool_calls": told(row, "tool_calls", row.tool_calls),
+            "tool_failures": told(row, "tool_status", sum(row.tool_failures.values())),
             "parse_errors": known.parse_errors,
-            "cut_turns": known.cut_turns,
-            "retries": known.retries,
+            "cut_turns": told(row, "stop_reason", known.cut_turns),
+            "retries": told(row, "tool_calls", known.retries),
             "min_weight_version": min(known.numbers, default=None),
             "max_weight_version": max(known.numbers, default=None),
-            "score_s": row.score_s if row.complete else None,
-            "total_s": row.total_s if row.complete else None,
+            "score_s": told(row, "total_s", row.score_s) if row.complete else None,
+            "total_s": told(row, "total_s", row.total_s) if row.complete else None,
         }
         record |= {f"reward/{name}": value for name, value in row.components.items()}
         records.append(record | _trained(trained, slice(None)))
@@ -263,25 +264,26 @@ def _turns(source: _Source) -> list[dict[str, Any]]:
     records = []
     for recorded, trained in source.loaded():
         assert recorded.columns is not None
+        row = recorded.row
         rewards = recorded.reward.turns if recorded.reward is not None else ()
         for turn, text in zip(recorded.turns, recorded.texts, strict=True):
-            settled = recorded.row.complete
+            settled = row.complete
             log_probs = recorded.columns.log_probs[turn.start : turn.end]
             place = slice(turn.start - recorded.prompt_len, turn.end - recorded.prompt_len)
-            record = _key(recorded.row) | {
+            record = _key(row) | {
                 "turn": turn.index,
                 "start": turn.start,
                 "end": turn.end,
-                "tokens": turn.end - turn.start,
-                "stop_reason": turn.stop_reason.value,
+                "tokens": told(row, "tokens", turn.end - turn.start),
+                "stop_reason": told(row, "stop_reason", turn.stop_reason.value),
                 "min_weight_version": turn.min_weight_version,
                 "weight_version": turn.weight_version,
                 "mixed_versions": _is_mixed(turn),
                 "cached_tokens": turn.cached_tokens,
-                "generate_s": turn.generate_s,
-                "tools_s": turn.tools_s if settled else None,
-                "tool_calls": len(turn.calls),
-                "tool_failures": sum(record.status is not CallStatus.OK for record in turn.calls),
+                "generate_s": told(row, "generate_s", turn.generate_s),
+                "tools_s": told(row, "tool_s", turn.tools_s) if settled else None,
+                "tool_calls": told(row, "tool_calls", len(turn.calls)),
+                "tool_failures": told(row, "tool_status", sum(record.status is not CallStatus.OK for record in turn.calls)),
                 "parse_errors": "\n".join(turn.parse_errors) if settled else None,
                 "closed_by_template": turn.closed_by_template if settled else None,
                 "reward": rewards[turn.index] if turn.index < len(rewards) else None,
@@ -304,13 +306,13 @@ def _calls(source: _Source) -> list[dict[str, Any]]:
                     "call_id": record.call.id,
                     "name": _storable(record.call.name),
                     "arguments": record.call.arguments,
-                    "status": record.status.value,
-                    "ok": record.status is CallStatus.OK,
+                    "status": told(row, "tool_status", record.status.value),
+                    "ok": told(row, "tool_status", record.status is CallStatus.OK),
                     "text": _storable(record.text),
                     "reward": record.reward,
                     "attempts": record.attempts,
-                    "queue_s": record.queue_s,
-                    "run_s": record.run_s,
+                    "queue_s": told(row, "tool_s", record.queue_s),
+                    "run_s": told(row, "tool_s", record.run_s),
                     "cut_tokens": record.cut_tokens,
                     "on_error": record.on_error,
                 }

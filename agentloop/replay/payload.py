@@ -66,6 +66,11 @@ def key_of(row: Row) -> str:
     return f"{row.partition}/{row.step}/{row.id}"
 
 
+def told(row: Row, name: str, value: Any) -> Any:
+    """`value`, or `None` if it stands for something (of `agentloop.journal.recorded.MISSING`) that was not recorded."""
+    return None if name in row.missing else value
+
+
 class Payload:
     """Answers the viewer's requests about a run. Not for several threads at once.
 
@@ -167,23 +172,27 @@ class Payload:
     def _columns(self, rows: list[Row]) -> dict[str, list[Any]]:
         facts = [self._badges.facts(row) for row in rows]
         advantages = self._all_advantages(rows)
-        own = ("id", "partition", "step", "uid", "sibling", "attempt", "complete", "masked", "end_reason", "error", "turns",
-               "tokens", "prompt_tokens", "sampled_tokens", "tool_calls", "t", "data_source")  # fmt: skip
+        own = ("id", "partition", "step", "uid", "sibling", "attempt", "complete", "masked", "error", "data_source")
         columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in own}
+        columns |= {
+            name: [told(row, missing, getattr(row, name)) for row in rows]
+            for name, missing in (("end_reason", "end_reason"), ("turns", "turns"), ("tokens", "tokens"), ("t", "t"),
+                                  ("prompt_tokens", "tokens"), ("sampled_tokens", "tokens"), ("tool_calls", "tool_calls"))
+        }  # fmt: skip
         return columns | {
             "key": [key_of(row) for row in rows],
             "group": [group_key(row) for row in rows],
             "reward": [_finite(row.reward) for row in rows],
             "components": [dict(row.components) for row in rows],
-            "tool_failures": [dict(row.tool_failures) for row in rows],
+            "tool_failures": [told(row, "tool_status", dict(row.tool_failures)) for row in rows],
             "parse_errors": [known.parse_errors for known in facts],
-            "cut_turns": [known.cut_turns for known in facts],
-            "retries": [known.retries for known in facts],
+            "cut_turns": [told(row, "stop_reason", known.cut_turns) for row, known in zip(rows, facts, strict=True)],
+            "retries": [told(row, "tool_calls", known.retries) for row, known in zip(rows, facts, strict=True)],
             "versions": [list(known.versions) for known in facts],
             "badges": self._badges.of_rows(rows),
             "advantage": [value for value, _ in advantages],
             "advantage_source": [source for _, source in advantages],
-            "total_s": [row.total_s if row.complete else None for row in rows],
+            "total_s": [told(row, "total_s", row.total_s) if row.complete else None for row in rows],
         }
 
     def _all_advantages(self, rows: list[Row]) -> list[tuple[float | None, str | None]]:
@@ -248,7 +257,10 @@ class Payload:
             if len(hits) >= limit:
                 break
             searched += 1
-            hit = first_hit(self.run, row, text)
+            try:
+                hit = first_hit(self.run.load(row, tokens=False), text)
+            except JournalError:
+                continue
             if hit is not None:
                 hits.append({"key": key_of(row)} | hit)
         return {"kind": "search", "hits": hits, "searched": searched}
@@ -297,21 +309,23 @@ def _group_advantages(siblings: list[Row]) -> dict[str, float]:
 def _header(recorded: RecordedTrajectory, trained: TrainedTrajectory | None) -> dict[str, Any]:
     row, reward, columns = recorded.row, recorded.reward, recorded.columns
     assert columns is not None
-    own = ("id", "partition", "step", "uid", "sibling", "attempt", "complete", "masked", "end_reason", "error", "t")
+    own = ("id", "partition", "step", "uid", "sibling", "attempt", "complete", "masked", "error")
     return {
         "kind": "sample",
         "key": key_of(row),
         "n": len(columns),
         **{name: getattr(row, name) for name in own},
-        "score_s": row.score_s if row.complete else None,
-        "total_s": row.total_s if row.complete else None,
+        "end_reason": told(row, "end_reason", row.end_reason),
+        "t": told(row, "t", row.t),
+        "score_s": told(row, "total_s", row.score_s) if row.complete else None,
+        "total_s": told(row, "total_s", row.total_s) if row.complete else None,
         "reward": None
         if reward is None
         else {"value": reward.value, "components": reward.components, "info": reward.info, "turns": list(reward.turns)},
         "messages": recorded.sample.messages,
         "ground_truth": recorded.sample.ground_truth,
         "turns": [
-            _turn(turn, text, t, row.complete)
+            _turn(row, turn, text, told(row, "t", t))
             for turn, text, t in zip(recorded.turns, recorded.texts, recorded.times, strict=True)
         ],
         "segments": [[origin.value, n, turn] for origin, n, turn in recorded.segments],
@@ -322,38 +336,37 @@ def _header(recorded: RecordedTrajectory, trained: TrainedTrajectory | None) -> 
     }
 
 
-def _turn(turn: Turn, text: str | None, t: float, settled: bool) -> dict[str, Any]:
-    """`settled`: the trajectory has ended, so what is only known then is known."""
+def _turn(row: Row, turn: Turn, text: str | None, t: float | None) -> dict[str, Any]:
     return {
         "index": turn.index,
         "start": turn.start,
         "end": turn.end,
         "text": text,
-        "stop_reason": turn.stop_reason,
+        "stop_reason": told(row, "stop_reason", turn.stop_reason),
         "weight_version": turn.weight_version,
         "min_weight_version": turn.min_weight_version,
         "cached_tokens": turn.cached_tokens,
-        "generate_s": turn.generate_s,
-        "tools_s": turn.tools_s if settled else None,
+        "generate_s": told(row, "generate_s", turn.generate_s),
+        "tools_s": told(row, "tool_s", turn.tools_s) if row.complete else None,  # known when it has ended
         "t": t,
         "parse_errors": turn.parse_errors,
         "closed_by_template": turn.closed_by_template,
-        "calls": [_call(record) for record in turn.calls],
+        "calls": [_call(row, record) for record in turn.calls],
     }
 
 
-def _call(record: CallRecord) -> dict[str, Any]:
+def _call(row: Row, record: CallRecord) -> dict[str, Any]:
     return {
         "id": record.call.id,
         "name": record.call.name,
         "arguments": record.call.arguments,
-        "status": record.status,
+        "status": told(row, "tool_status", record.status),
         "text": record.text,
         "reward": record.reward,
         "metrics": record.metrics,
         "attempts": record.attempts,
-        "queue_s": record.queue_s,
-        "run_s": record.run_s,
+        "queue_s": told(row, "tool_s", record.queue_s),
+        "run_s": told(row, "tool_s", record.run_s),
         "cut_tokens": record.cut_tokens,
         "on_error": record.on_error,
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from agentloop.journal.format import JournalError, dump_json, load_line
-from agentloop.journal.reader import Run
-from agentloop.journal.recorded import Row
+from agentloop.journal.format import JournalError, dump_json
+from agentloop.journal.recorded import RecordedTrajectory
+from agentloop.trajectory import CallStatus
 
 AROUND = 60
 """Characters of an excerpt before the hit; as many after it."""
@@ -19,40 +19,35 @@ class _Text(NamedTuple):
     text: str
 
 
-def first_hit(run: Run, row: Row, text: str) -> dict[str, Any] | None:
+def first_hit(recorded: RecordedTrajectory, text: str) -> dict[str, Any] | None:
     """`turn`, `where` and `excerpt` of the first place in a trajectory that holds `text`, whatever its case; `None` if no
-    place does, or its events cannot be read."""
+    place does."""
     wanted = text.casefold()
-    try:
-        for found in _texts(run, row):
-            at = found.text.casefold().find(wanted)
-            if at >= 0:
-                return {"turn": found.turn, "where": found.where, "excerpt": _excerpt(found.text, at, len(text))}
-    except (JournalError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return None
+    for found in _texts(recorded):
+        at = found.text.casefold().find(wanted)
+        if at >= 0:
+            return {"turn": found.turn, "where": found.where, "excerpt": _excerpt(found.text, at, len(text))}
     return None
 
 
-def _texts(run: Run, row: Row) -> Iterator[_Text]:
-    said: Sequence[str | None] | None = None
-    with row.file.open("rb") as file:
-        for offset, length in row.lines:
-            file.seek(offset)
-            event: Mapping[str, Any] = load_line(file.read(length))
-            if event["type"] == "traj_start":
-                for message in event["sample"]["messages"]:
-                    yield _Text(-1, "prompt", _plain(message.get("content")))
-            elif event["type"] == "turn":
-                said = run.load(row, tokens=False).texts if said is None else said  # events do not repeat the tokens' text
-                yield _Text(event["turn"], "text", said[event["turn"]] or "")
-            elif event["type"] == "tool":
-                where = "result" if event["status"] == "ok" else "error"
-                yield _Text(event["turn"], "call", f"{event['call']['name']} {_plain(event['call']['arguments'])}")
-                yield _Text(event["turn"], where, event["text"])
-            elif event["type"] == "traj_end":
-                for index, turn in enumerate(event["turns"]):
-                    yield from (_Text(index, "error", sentence) for sentence in turn["parse_errors"])
-                yield _Text(len(event["turns"]) - 1, "error", event["error"] or "")
+def _texts(recorded: RecordedTrajectory) -> Iterator[_Text]:
+    for message in recorded.sample.messages:
+        yield _Text(-1, "prompt", _plain(message.get("content")))
+    for turn in recorded.turns:
+        yield _Text(turn.index, "text", _said(recorded, turn.index))
+        yield from (_Text(turn.index, "error", sentence) for sentence in turn.parse_errors)
+        for record in turn.calls:
+            where = "result" if record.status is CallStatus.OK else "error"
+            yield _Text(turn.index, "call", f"{record.call.name} {_plain(record.call.arguments)}")
+            yield _Text(turn.index, where, record.text)
+    yield _Text(len(recorded.turns) - 1, "error", recorded.row.error or "")
+
+
+def _said(recorded: RecordedTrajectory, turn: int) -> str:
+    try:
+        return recorded.texts[turn] or ""
+    except JournalError:
+        return ""
 
 
 def _plain(value: Any) -> str:
