@@ -1,0 +1,28 @@
+// Answers as bytes: header length (u32), four zero bytes, header as UTF-8 JSON, zeros up to a multiple of 8, buffer.
+
+export class ViewerError extends Error {}
+
+/** @param {ArrayBuffer} bytes */
+export function decodeFrame(bytes) {
+  if (bytes.byteLength < 8) throw new ViewerError("The answer is too short to be a frame.");
+  const length = new DataView(bytes).getUint32(0, true);
+  if (8 + length > bytes.byteLength) throw new ViewerError("The answer is cut off.");
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 8, length)));
+  const start = (8 + length + 7) & ~7;
+  return { header, buffers: start < bytes.byteLength ? [bytes.slice(start)] : [] };
+}
+
+/** What every host's answer goes through: errors become exceptions. */
+export function checked(answer) {
+  if (answer.header?.kind === "error") throw new ViewerError(String(answer.header.message));
+  return answer;
+}
+
+/** The buffer of an answer as an ArrayBuffer of its own, so that typed columns are aligned. */
+export function bufferOf(buffers) {
+  const buffer = buffers?.[0];
+  if (!buffer) return new ArrayBuffer(0);
+  if (buffer instanceof ArrayBuffer) return buffer;
+  const { buffer: whole, byteOffset, byteLength } = buffer;
+  return byteOffset % 8 === 0 ? { whole, byteOffset, byteLength } : whole.slice(byteOffset, byteOffset + byteLength);
+}

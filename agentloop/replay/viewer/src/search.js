@@ -1,0 +1,60 @@
+// Text search over trajectories, by the host if it can, else sample by sample.
+
+import { isNumber, oneLine } from "./format.js";
+
+const AROUND = 40;
+
+/** Yields what `search` answers, with `searched` counting up; stops when `signal` is aborted. */
+export async function* searchRun(app, text, signal) {
+  if (app.overview.can.includes("search")) {
+    const { header } = await app.request({ kind: "search", text, keys: null, limit: 1000 });
+    if (!signal.aborted) yield { hits: header.hits ?? [], searched: header.searched ?? app.overview.rows.length };
+    return;
+  }
+  const hits = [];
+  let searched = 0;
+  for (const row of app.overview.rows) {
+    const { header } = await app.request({ kind: "sample", key: row.key });
+    if (signal.aborted) return;
+    const hit = searchSample(header, text);
+    if (hit) hits.push({ key: row.key, ...hit });
+    searched += 1;
+    if (searched % 8 === 0) yield { hits, searched };
+  }
+  yield { hits, searched };
+}
+
+export function searchSample(header, text) {
+  const needle = text.toLowerCase();
+  for (const [where, turn, hay] of texts(header)) {
+    const at = hay.toLowerCase().indexOf(needle);
+    if (at < 0) continue;
+    const start = Math.max(0, at - AROUND);
+    const excerpt = `${start ? "\u2026" : ""}${hay.slice(start, at + needle.length + AROUND)}`;
+    return { where, turn, excerpt: oneLine(excerpt) };
+  }
+  return null;
+}
+
+function* texts(header) {
+  for (const message of header.messages ?? []) yield ["prompt", -1, contentText(message.content)];
+  for (const turn of header.turns ?? []) {
+    yield ["text", turn.index, turn.text ?? ""];
+    for (const error of turn.parse_errors ?? []) yield ["error", turn.index, error];
+    for (const call of turn.calls ?? []) {
+      yield ["call", turn.index, `${call.name} ${typeof call.arguments === "string" ? call.arguments : JSON.stringify(call.arguments)}`];
+      yield ["result", turn.index, call.text ?? ""];
+    }
+  }
+  if (header.error) yield ["error", (header.turns?.length ?? 0) - 1, header.error];
+}
+
+/** A message's content as text; parts that are no text are named. */
+export function contentText(content) {
+  if (content === null || content === undefined) return "";
+  if (typeof content === "string") return content;
+  if (!Array.isArray(content)) return JSON.stringify(content);
+  return content.map((part) => (typeof part === "string" ? part : (part?.text ?? `[${part?.type ?? "part"}]`))).join("");
+}
+
+export const parseBound = (text) => (text.trim() !== "" && isNumber(Number(text)) ? Number(text) : null);

@@ -1,0 +1,288 @@
+// The run: trends, filters, and its groups or trajectories.
+
+import { runCharts } from "../charts.js";
+import { h, toggle } from "../dom.js";
+import { count, isNumber, number, oneLine, plural, visible } from "../format.js";
+import { VirtualList } from "../list.js";
+import { BADGES, series, stats } from "../overview.js";
+import { advantageCell, badges, endBadge, facts, rewardBars, rewardCell, segmented } from "../parts.js";
+import { parseBound, searchRun } from "../search.js";
+
+export class RunView {
+  constructor(app) {
+    this.app = app;
+    this.filters = { partition: null, step: null, badges: new Set(), low: null, high: null, hits: null };
+    this.kind = "groups";
+    this.searching = null;
+
+    this.charts = runCharts((step) => this.chooseStep(step));
+    this.facts = h("div", { class: "run-facts" });
+    this.partitions = h("span");
+    this.chips = h("span", { class: "chips", role: "group", "aria-label": "Filters" });
+    this.stepChip = h("span");
+    this.tally = h("span", { class: "tally", role: "status" });
+    this.low = this._bound("lowest reward", "low");
+    this.high = this._bound("highest reward", "high");
+    this.search = h("input", {
+      type: "search",
+      class: "search",
+      placeholder: "Search text",
+      "aria-label": "Search the text of all trajectories; Enter searches",
+      onkeydown: (event) => {
+        if (event.key === "Enter") this.runSearch();
+        if (event.key === "Escape" && this.search.value) {
+          this.search.value = "";
+          this.runSearch();
+          event.stopPropagation();
+        }
+      },
+      onsearch: () => this.runSearch(),
+    });
+    this.kinds = segmented(
+      "List",
+      [["groups", "Groups"], ["trajectories", "Trajectories"]],
+      this.kind,
+      (kind) => {
+        this.kind = kind;
+        this.redrawList();
+      },
+    );
+    this.head = h("div", { class: "list-head" });
+    this.list = new VirtualList({
+      label: "Groups",
+      rowHeight: 32,
+      head: this.head,
+      render: (i) => (this.kind === "groups" ? this.groupRow(this.items[i]) : this.trajectoryRow(this.items[i])),
+      onOpen: (i) => this.open(this.items[i]),
+    });
+    this.items = [];
+    this.arrived = h("span", { class: "arrived" });
+    this.el = h(
+      "section",
+      { class: "view run-view", "aria-label": "Run" },
+      this.facts,
+      h("div", { class: "charts" }, this.charts.map((chart) => chart.el)),
+      h(
+        "div",
+        { class: "bar filters" },
+        this.partitions,
+        this.stepChip,
+        this.chips,
+        h("label", { class: "bound" }, "reward ", this.low, " \u2026 ", this.high),
+        this.search,
+      ),
+      h("div", { class: "bar" }, this.kinds, this.tally, h("span", { class: "grow" }), this.arrived),
+      this.list.el,
+    );
+  }
+
+  _bound(label, name) {
+    return h("input", {
+      class: "number",
+      inputMode: "decimal",
+      size: 4,
+      "aria-label": label,
+      "data-filter": name,
+      oninput: (event) => {
+        this.filters[name] = parseBound(event.target.value);
+        this.update();
+      },
+    });
+  }
+
+  /** A new overview has come. */
+  load() {
+    const { overview } = this.app;
+    const { partitions } = overview;
+    if (!partitions.includes(this.filters.partition)) this.filters.partition = partitions[0] ?? null;
+    this.partitions.replaceChildren(
+      ...(partitions.length > 1
+        ? [segmented("Partition", partitions.map((name) => [name, visible(name)]), this.filters.partition, (name) => {
+            this.filters.partition = name;
+            this.filters.step = null;
+            this.update();
+          })]
+        : []),
+    );
+    const { run } = overview;
+    const about = [["model", run.model], ["started", run.created], ...Object.entries(run.facts ?? {})];
+    this.facts.replaceChildren(
+      facts(about.filter(([, value]) => value !== null && value !== undefined).slice(0, 12)
+        .map(([name, value]) => [visible(name), oneLine(typeof value === "object" ? JSON.stringify(value) : value).slice(0, 120)])),
+    );
+    this.update();
+  }
+
+  chooseStep(step) {
+    this.filters.step = step;
+    this.list.el.scrollTop = 0;
+    this.update();
+    if (step !== null) this.app.say(`Step ${step}: ${this.tally.textContent}`);
+  }
+
+  /** The filters have changed. */
+  update() {
+    const { overview } = this.app;
+    const everyStep = overview.select({ ...this.filters, step: null });
+    this.rows = this.filters.step === null ? everyStep : everyStep.filter((row) => row.step === this.filters.step);
+    const entries = series(everyStep);
+    for (const chart of this.charts) chart.update(entries, this.filters.step);
+    this._drawChips();
+    const arrival = overview.arrival(this.filters.partition, this.filters.step);
+    this.arrived.textContent =
+      arrival.arrived === null ? "train side: not recorded" : `train side: ${count(arrival.arrived)} of ${count(arrival.expected)} arrived`;
+    toggle(this.arrived, "missing", arrival.arrived === null);
+    this.redrawList();
+  }
+
+  _drawChips() {
+    const { overview } = this.app;
+    const focused = this.chips.getRootNode().activeElement?.dataset?.filter;
+    const without = overview.select({ ...this.filters, badges: [] });
+    this.chips.replaceChildren(
+      ...Object.entries(BADGES).map(([name, [words, about]]) => {
+        const n = without.filter((row) => row.badges.includes(name)).length;
+        const on = this.filters.badges.has(name);
+        return h(
+          "button",
+          {
+            class: `chip chip-${name}${n || on ? "" : " empty"}`,
+            "data-filter": name,
+            "aria-pressed": String(on),
+            title: `${words}: ${about}`,
+            onclick: () => {
+              if (!this.filters.badges.delete(name)) this.filters.badges.add(name);
+              this.update();
+            },
+          },
+          words,
+          h("b", null, count(n)),
+        );
+      }),
+    );
+    if (focused) this.chips.querySelector(`[data-filter="${focused}"]`)?.focus();
+    this.stepChip.replaceChildren(
+      ...(this.filters.step === null
+        ? []
+        : [h("button", { class: "chip step", "aria-label": `step ${this.filters.step}: show all steps`, onclick: () => {
+            this.chooseStep(null);
+            this.list.el.focus();
+          } }, `step ${this.filters.step} \u00d7`)]),
+    );
+  }
+
+  redrawList() {
+    const { groups } = this.app.overview;
+    const keys = new Set(this.rows.map((row) => row.group));
+    const rewards = stats(this.rows.map((row) => row.reward).filter(isNumber));
+    this.range = [Math.min(0, rewards.min ?? 0), Math.max(1, rewards.max ?? 1)];
+    this.items = this.kind === "groups" ? [...keys].map((key) => groups.get(key)) : this.rows;
+    const total = this.app.overview.rows.length;
+    this.tally.textContent = `${count(keys.size)} ${keys.size === 1 ? "group" : "groups"}, ${count(this.rows.length)} of ${plural(total, "trajectory", "trajectories")}${
+      rewards.n ? `, mean reward ${number(rewards.mean)}` : ""
+    }`;
+    this.head.replaceChildren(...this._columns().map(([name, cls]) => h("span", { class: cls }, name)));
+    this.head.className = `list-head row ${this.kind}`;
+    this.list.el.setAttribute("aria-label", this.kind === "groups" ? "Groups" : "Trajectories");
+    this.list.reset(this.items.length);
+    this.el.querySelector(".list-empty")?.remove();
+    if (!this.items.length) this.list.spacer.after(h("div", { class: "list-empty" }, total ? "No trajectory fits these filters." : "This run holds no trajectories yet."));
+  }
+
+  _columns() {
+    return this.kind === "groups"
+      ? [["group", ""], ["step", "num"], ["prompt", ""], ["n", "num"], ["rewards", ""], ["mean", "num"], ["std", "num"], ["badges", ""]]
+      : [["trajectory", ""], ["step", "num"], ["ended", ""], ["reward", "num"], ["advantage", "num"], ["turns", "num"], ["calls", "num"],
+         ["tokens", "num"], ["sampled", "num"], ["badges", ""]];
+  }
+
+  groupRow(group) {
+    const found = new Map();
+    for (const row of group.rows) for (const name of row.badges) found.set(name, (found.get(name) ?? 0) + 1);
+    const hit = this.filters.hits && group.rows.map((row) => this.filters.hits.get(row.key)).find(Boolean);
+    return h(
+      "div",
+      { class: "row groups", "data-group": group.key },
+      h("span", { class: "name" }, visible(group.uid)),
+      h("span", { class: "num" }, group.step),
+      h("span", { class: "clip dim", title: group.prompt }, hit ? oneLine(hit.excerpt) : group.prompt || "\u2014"),
+      h("span", { class: "num" }, group.rows.length),
+      rewardBars(group.rows, ...this.range),
+      rewardCell(group.stats.mean, "mean"),
+      rewardCell(group.stats.std, "std"),
+      h(
+        "span",
+        { class: "badges" },
+        [...found].map(([name, n]) =>
+          h("span", { class: `badge badge-${name}`, "data-badge": name, title: BADGES[name][1] }, name === "zero" ? BADGES[name][0] : `${n} ${BADGES[name][0]}`),
+        ),
+      ),
+    );
+  }
+
+  trajectoryRow(row) {
+    const hit = this.filters.hits?.get(row.key);
+    return h(
+      "div",
+      { class: "row trajectories", "data-key": row.key },
+      h("span", { class: "name" }, visible(row.id)),
+      h("span", { class: "num" }, row.step),
+      endBadge(row),
+      rewardCell(row.reward),
+      advantageCell(row),
+      h("span", { class: "num" }, count(row.turns)),
+      h("span", { class: "num" }, count(row.tool_calls)),
+      h("span", { class: "num" }, count(row.tokens)),
+      h("span", { class: "num" }, count(row.sampled_tokens)),
+      hit ? h("span", { class: "clip dim", title: oneLine(hit.excerpt) }, `${hit.where}: ${oneLine(hit.excerpt)}`) : badges(row),
+    );
+  }
+
+  open(item) {
+    if (this.kind === "groups") this.app.go({ view: "group", key: (item.rows.find((row) => this.filters.hits?.has(row.key)) ?? item.rows[0]).key });
+    else {
+      const turn = this.filters.hits?.get(item.key)?.turn;
+      this.app.go({ view: "conversation", key: item.key, turn: turn >= 0 ? turn : undefined });
+    }
+  }
+
+  async runSearch() {
+    const text = this.search.value;
+    if (text === this.searched) return;
+    this.searched = text;
+    this.searching?.abort();
+    if (!text) {
+      this.filters.hits = null;
+      this.el.removeAttribute("data-searched");
+      this.update();
+      return;
+    }
+    const { signal } = (this.searching = new AbortController());
+    this.app.say(`Searching for \u201c${oneLine(text)}\u201d \u2026`);
+    try {
+      for await (const { hits, searched } of searchRun(this.app, text, signal)) {
+        this.filters.hits = new Map(hits.map((hit) => [hit.key, hit]));
+        this.kinds.choose("trajectories");
+        this.update();
+        this.app.say(`\u201c${oneLine(text)}\u201d is in ${plural(hits.length, "trajectory", "trajectories")}; searched ${count(searched)}`);
+      }
+      this.el.setAttribute("data-searched", text);
+    } catch (error) {
+      this.app.fail(error);
+    }
+  }
+
+  show() {
+    this.list.draw();
+  }
+
+  focus() {
+    this.list.el.focus({ preventScroll: true });
+  }
+
+  destroy() {
+    this.searching?.abort();
+    for (const chart of this.charts) chart.destroy();
+    this.list.destroy();
+  }
+}

@@ -1,0 +1,327 @@
+// The conversation, and its tokens beside it.
+
+import { h, toggle } from "../dom.js";
+import { count, isNumber, MISSING, number, oneLine, plural, seconds, signed, visible } from "../format.js";
+import { advantageCell, badges, endBadge } from "../parts.js";
+import { scheduleOf } from "../schedule.js";
+import { message, turnBody, turnHead } from "./turn.js";
+import { TokensPane } from "./tokens.js";
+
+const FAR = 900;
+
+export class SampleView {
+  constructor(app) {
+    this.app = app;
+    this.sample = null;
+    this.turn = -1;
+    this.play = null;
+    this.tokens = new TokensPane(app, (token) => this.tokenMoved(token));
+    this.head = h("div", { class: "sample-head" });
+    this.about = h("div", { class: "sample-about" });
+    this.scroller = h("div", {
+      class: "conversation",
+      role: "feed",
+      tabindex: 0,
+      "aria-label": "Conversation; j and k go to the next and the previous turn",
+    });
+    this.playButton = h("button", { class: "tool play", title: "space", "aria-label": "play back in time", onclick: () => this.togglePlay() }, "\u25b6");
+    this.clock = h("input", {
+      type: "range",
+      class: "clock",
+      min: 0,
+      max: 1000,
+      value: 1000,
+      "aria-label": "time",
+      oninput: () => {
+        this.stop();
+        this.seek((Number(this.clock.value) / 1000) * this.schedule.total);
+      },
+    });
+    this.clockWords = h("span", { class: "dim clock-words", "data-field": "clock" });
+    this.speed = h("select", { "aria-label": "speed", class: "speed" }, ["1", "4", "16", "64"].map((x) => h("option", { value: x }, `${x}\u00d7`)));
+    this.tabs = ["conversation", "tokens"].map((view) =>
+      h("button", { class: "tab", "data-view": view, onclick: () => app.go({ ...app.state, view }) }, view),
+    );
+    this.talk = h(
+      "section",
+      { class: "pane talk-pane", "aria-label": "Conversation" },
+      h("div", { class: "bar player" }, this.playButton, this.clock, this.clockWords, this.speed),
+      this.scroller,
+    );
+    this.el = h(
+      "section",
+      { class: "view sample-view", "aria-label": "Trajectory" },
+      this.head,
+      this.about,
+      h("div", { class: "tabs", role: "group", "aria-label": "Show" }, this.tabs),
+      h("div", { class: "panes" }, this.talk, this.tokens.el),
+    );
+    this.observer = new IntersectionObserver((entries) => this._seen(entries), { root: this.scroller, rootMargin: `${FAR}px 0px` });
+  }
+
+  /** Show `link`, of which the sample has been fetched. */
+  show(sample, row, { view, turn, token }) {
+    toggle(this.el, "shows-tokens", view === "tokens");
+    for (const tab of this.tabs) tab.setAttribute("aria-pressed", String(tab.dataset.view === view));
+    if (sample !== this.sample || row !== this.row) this.load(sample, row);
+    if (turn !== undefined) this.toTurn(turn, { tokens: token === undefined });
+    if (token !== undefined) {
+      this.tokens.moveTo(token, { centre: true, quiet: true });
+      if (turn === undefined) this.toTurn(sample.turn[Math.min(token, sample.n - 1)] ?? -1, { tokens: false });
+    }
+    this.tokens._draw();
+  }
+
+  load(sample, row) {
+    this.stop();
+    this.sample = sample;
+    this.row = row;
+    this.turn = -1;
+    this.schedule = scheduleOf(sample.header);
+    this.drawHead();
+    this.drawTalk();
+    this.tokens.load(sample);
+    this.clock.value = 1000;
+    this.time = null;
+    this.clockWords.textContent = seconds(this.schedule.total);
+  }
+
+  drawHead() {
+    const { row, sample } = this;
+    const siblings = this.app.overview.siblings(row);
+    const { header } = sample;
+    const near = (offset) => siblings[siblings.indexOf(row) + offset];
+    const step = (offset, words, sign, key) =>
+      h("button", { class: "tool", disabled: !near(offset), "aria-label": `${words} sibling`, title: key, onclick: () => this.sibling(offset) }, sign);
+    this.head.replaceChildren(
+      step(-1, "previous", "\u2039", "["),
+      h("b", { class: "sample-id" }, visible(row.id)),
+      step(1, "next", "\u203a", "]"),
+      h("span", { class: "pair" }, h("i", null, "reward"), " ", h("b", { "data-field": "reward" }, number(header.reward?.value ?? row.reward))),
+      h("span", { class: "pair" }, h("i", null, "advantage"), " ", advantageCell(row)),
+      endBadge(row),
+      badges(row),
+      h("span", { class: "grow" }),
+      h("button", { class: "tool", title: "an address of this token", onclick: () => this.app.copyLink() }, "Copy link"),
+      h("button", { class: "tool", title: "g", onclick: () => this.app.go({ view: "group", key: row.key }) }, plural(siblings.length, "sibling")),
+    );
+    const components = Object.entries(header.reward?.components ?? {});
+    const info = Object.entries(header.reward?.info ?? {});
+    const parts = [
+      ...components.map(([name, value]) => [visible(name), signed(value), "component"]),
+      ["tokens", `${count(sample.n)} (${count(row.sampled_tokens)} sampled)`],
+      ["took", seconds(header.total_s)],
+      header.score_s ? ["scored in", seconds(header.score_s)] : null,
+      ["train side", trainWords(header, sample)],
+      header.ground_truth !== null && header.ground_truth !== undefined
+        ? ["ground truth", oneLine(typeof header.ground_truth === "string" ? header.ground_truth : JSON.stringify(header.ground_truth)).slice(0, 160)]
+        : null,
+      ...info.map(([name, value]) => [visible(name), oneLine(typeof value === "string" ? value : JSON.stringify(value)).slice(0, 160)]),
+    ].filter(Boolean);
+    this.about.replaceChildren(
+      ...parts.map(([name, value, kind]) => h("span", { class: `pair ${kind ?? ""}`, "data-field": name, title: value }, h("i", null, name), " ", value)),
+      ...(header.error ? [h("div", { class: "problem", "data-field": "error" }, h("b", null, "Error: "), visible(header.error))] : []),
+    );
+  }
+
+  drawTalk() {
+    this.observer.disconnect();
+    const { header } = this.sample;
+    const rewards = header.reward?.turns ?? [];
+    this.cards = new Map();
+    const messages = (header.messages ?? []).map((item) => message(item));
+    const turns = (header.turns ?? []).map((turn) => {
+      const body = h("div", { class: "lazy" });
+      body.fill = () => {
+        if (body.firstChild) return;
+        body.append(turnBody(turn, { reward: rewards[turn.index], fork: this._fork(turn) }));
+        body.style.minHeight = "";
+      };
+      body.empty = () => {
+        if (!body.firstChild || body.contains(body.getRootNode().activeElement)) return;
+        body.style.minHeight = `${body.offsetHeight}px`;
+        body.replaceChildren();
+      };
+      body.style.minHeight = "120px";
+      const card = h("article", { class: "card turn", "data-turn": turn.index, "aria-label": `Turn ${turn.index}` }, turnHead(turn, () => this.openTurn(turn.index)), body);
+      card.body = body;
+      this.cards.set(turn.index, card);
+      return card;
+    });
+    const end = h(
+      "div",
+      { class: `card end-card ${this.row.end_reason === "final_answer" ? "" : "bad"}` },
+      h("b", null, `End: ${endBadge(this.row).textContent}`),
+      header.masked ? h("span", { class: "dim" }, " \u2014 masked: no gradient from this trajectory") : null,
+    );
+    this.scroller.replaceChildren(h("div", { class: "prompt", "data-turn": -1 }, messages), ...turns, end);
+    this.scroller.scrollTop = 0;
+    for (const [i, card] of [...this.cards.values()].entries()) {
+      if (i < 4) card.body.fill();
+      this.observer.observe(card);
+    }
+    this._markTurn();
+  }
+
+  _fork(turn) {
+    const { overview } = this.app;
+    const { row } = this;
+    const template = overview.commands.fork;
+    const fork = { say: (words) => this.app.say(words) };
+    if (typeof template === "string") {
+      const values = { id: row.id, step: row.step, partition: row.partition, key: row.key };
+      fork.command = (index) => template.replace(/\{(\w+)\}/g, (whole, name) => (name === "turn" ? index : (values[name] ?? whole)));
+    }
+    if (overview.can.includes("fork")) {
+      fork.edit = async (call, text) => {
+        this.app.say("Forking \u2026");
+        try {
+          const { header } = await this.app.request({ kind: "fork", key: row.key, turn: turn.index, call, text });
+          this.app.say(visible(header.text ?? "Forked."));
+        } catch (error) {
+          this.app.fail(error);
+        }
+      };
+    }
+    return fork.command || fork.edit ? fork : null;
+  }
+
+  _seen(entries) {
+    for (const entry of entries) {
+      if (entry.isIntersecting) entry.target.body.fill();
+      else if (this.cards.size > 12) entry.target.body.empty();
+    }
+  }
+
+  // -- moving ---------------------------------------------------------------------------------------------------------
+
+  /** A turn was chosen: its first token comes into sight. */
+  openTurn(index) {
+    const turn = this.sample.turns[index];
+    if (!turn) return;
+    this.app.go({ view: this.app.wide ? this.app.state.view : "tokens", key: this.row.key, turn: index, token: Math.min(turn.start, this.sample.n - 1) });
+  }
+
+  /** Scroll to a turn, -1 for the prompt; `tokens`: the token pane too. */
+  toTurn(index, { tokens = true } = {}) {
+    const last = this.sample.turns.length - 1;
+    this.turn = Math.max(-1, Math.min(last, index));
+    const card = this.cards.get(this.turn);
+    if (card) {
+      card.body.fill();
+      this.scroller.scrollTop += card.getBoundingClientRect().top - this.scroller.getBoundingClientRect().top - 4;
+    } else this.scroller.scrollTop = 0;
+    this._markTurn();
+    if (tokens) this.tokens.moveTo(this.turn < 0 ? 0 : this.sample.turns[this.turn].start, { centre: true, quiet: true });
+  }
+
+  stepTurn(offset) {
+    const next = Math.max(-1, Math.min(this.sample.turns.length - 1, this.turn + offset));
+    const turn = this.sample.turns[next];
+    this.app.go({ view: this.app.state.view, key: this.row.key, turn: next, token: turn ? Math.min(turn.start, this.sample.n - 1) : 0 });
+  }
+
+  sibling(offset) {
+    const siblings = this.app.overview.siblings(this.row);
+    const next = siblings[siblings.indexOf(this.row) + offset];
+    if (next) this.app.go({ view: this.app.state.view, key: next.key });
+  }
+
+  tokenMoved(token) {
+    const turn = this.sample.turn[token];
+    if (turn !== this.turn) {
+      this.turn = turn;
+      this._markTurn();
+      if (this.app.wide) this.cards.get(turn)?.scrollIntoView({ block: "nearest" });
+    }
+    this.app.moved({ token, turn: undefined });
+  }
+
+  _markTurn() {
+    for (const [index, card] of this.cards) toggle(card, "current", index === this.turn);
+    this.el.setAttribute("data-turn", this.turn);
+  }
+
+  // -- playing back in time -------------------------------------------------------------------------------------------
+
+  togglePlay() {
+    if (this.play) {
+      this.stop();
+      return;
+    }
+    let last = performance.now();
+    if (this.time === null || this.time >= this.schedule.total) this.time = 0;
+    const tick = (now) => {
+      this.time += ((now - last) / 1000) * Number(this.speed.value);
+      last = now;
+      this.seek(this.time);
+      if (this.time >= this.schedule.total) this.stop();
+      else this.play = requestAnimationFrame(tick);
+    };
+    this.playButton.textContent = "\u275a\u275a";
+    this.playButton.setAttribute("aria-label", "pause");
+    this.play = requestAnimationFrame(tick);
+  }
+
+  stop() {
+    cancelAnimationFrame(this.play ?? 0);
+    this.play = null;
+    this.playButton.textContent = "\u25b6";
+    this.playButton.setAttribute("aria-label", "play back in time");
+  }
+
+  /** Show the conversation as it was after `time` seconds. */
+  seek(time) {
+    const { turns, total } = this.schedule;
+    this.time = Math.min(time, total);
+    const over = this.time >= total;
+    this.clock.value = Math.round((this.time / total) * 1000);
+    let current = -1;
+    for (const [index, { from, to, end }] of turns.entries()) {
+      const card = this.cards.get(index);
+      if (this.time >= from || over) current = index;
+      toggle(card, "future", !over && this.time < from);
+      const writing = !over && this.time >= from && this.time < to;
+      toggle(card, "writing", writing);
+      toggle(card, "calling", !over && this.time >= to && this.time < end);
+      const text = card.body.querySelector("[data-field=text]");
+      const whole = this.sample.turns[index].text;
+      if (!text || !whole || text.tagName !== "PRE") continue;
+      const share = to > from ? (this.time - from) / (to - from) : 1;
+      const shown = visible(writing ? whole.slice(0, Math.max(0, Math.floor(whole.length * share))) : whole);
+      if (text.textContent !== shown) text.textContent = shown;
+    }
+    const state = turns[current];
+    const doing = over ? "ended" : !state ? "waiting" : this.time < state.to ? `turn ${current}: generating` : this.time < state.end ? `turn ${current}: tools` : `turn ${current}`;
+    this.clockWords.textContent = `${seconds(this.time)} of ${seconds(total)}, ${doing}`;
+    if (current !== this.turn && current >= 0) this.toTurn(current);
+  }
+
+  // -- the rest -------------------------------------------------------------------------------------------------------
+
+  setMode(mode) {
+    this.tokens.setMode(mode);
+  }
+
+  repaint() {
+    this.tokens.repaint();
+  }
+
+  focus(view) {
+    if (view === "tokens") this.tokens.focus();
+    else this.scroller.focus({ preventScroll: true });
+  }
+
+  destroy() {
+    this.stop();
+    this.observer.disconnect();
+    this.tokens.destroy();
+  }
+}
+
+function trainWords(header, sample) {
+  const { train } = header;
+  if (!train || !sample.columns.train_logprob) return `${MISSING}`;
+  const when = isNumber(train.step) && train.step !== header.step ? ` in step ${train.step}` : "";
+  return train.recomputed === false ? `arrived${when}; took the rollout's log-probabilities` : `arrived${when}`;
+}
