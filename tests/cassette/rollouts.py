@@ -15,12 +15,11 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from agentloop.chat import HermesParser, load_renderer
-from agentloop.config import Deadlines, LoopConfig
-from agentloop.engines.base import Engine, Generation, Sampling
+from agentloop.config import LoopConfig, OnCutoff
+from agentloop.engines.base import Engine, Sampling
 from agentloop.engines.scripted import ScriptedEngine, ScriptedTurn
 from agentloop.errors import ToolInfraError
 from agentloop.journal import JournalWriter, token_bytes
-from agentloop.journal.base import Recorder
 from agentloop.loop import AgentLoop
 from agentloop.rollout import Rollout
 from agentloop.tools import BaseTool, ToolRegistry, ToolResult
@@ -30,9 +29,8 @@ from agentloop.trajectory import Reward, Sample, Trajectory
 
 END = "<|im_end|>"
 CONFIG = LoopConfig(
-    max_turns=5, max_response_tokens=900, max_parallel_calls=2, deadlines=Deadlines(tools_s=20), penalty=-1.0,
-    on_cutoff={"turn_limit": "penalty"},
-)  # fmt: skip
+    max_turns=5, max_response_tokens=900, max_parallel_calls=2, penalty=-1.0, on_cutoff=OnCutoff(turn_limit="penalty")
+)
 
 
 def called(name: str, **arguments: Any) -> str:
@@ -163,21 +161,3 @@ async def record(
     for step in steps:
         ended += [t for group in await rollout.run(given, n, step=step, sampling=sampling) for t in group]
     return ended
-
-
-async def close(recorder: Recorder) -> None:
-    assert isinstance(recorder, JournalWriter)
-    await asyncio.to_thread(recorder.close)
-
-
-class Aborting(Engine):
-    """Hands on to another engine, and cuts some of its answers short as a weight update does."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    async def generate(self, ids: Any, sampling: Sampling, *, trajectory_id: str) -> Generation:
-        return await self.engine.generate(ids, sampling, trajectory_id=trajectory_id)
-
-    async def release(self, trajectory_id: str) -> None:
-        await self.engine.release(trajectory_id)
