@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from agentloop.errors import ConfigError
+from agentloop.journal.recorded import Row
+from agentloop.replay.forks import forker, recorded_loop
 from agentloop.replay.notebook import link_to
 from agentloop.replay.payload import Payload
 from agentloop.replay.runs import as_run, chosen_rows
@@ -25,16 +27,23 @@ def view(
     ids: Annotated[str | None, typer.Option(metavar="ID,ID", help="only these trajectories")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 0,
     browser: Annotated[bool, typer.Option(help="open a browser")] = True,
+    fork: Annotated[
+        str | None, typer.Option(metavar="local", help="let the page fork conversations, with this engine going on")
+    ] = None,
 ) -> None:
     """Look at a run in the browser, while it goes on or afterwards. For this machine alone: what is served needs the token in
     the address. Ends with Ctrl-C."""
     opened = as_run(run)
     wanted_steps, wanted_ids = parse_steps(steps), parse_ids(ids)
-    if wanted_steps is None and wanted_ids is None:
-        payload = Payload(opened)
-    else:
-        chosen_rows(opened, steps=wanted_steps, ids=wanted_ids)  # a wrong choice is said now
-        payload = Payload(opened, lambda: chosen_rows(opened, steps=wanted_steps, ids=wanted_ids))
+    narrowed = wanted_steps is not None or wanted_ids is not None
+
+    def rows() -> list[Row]:
+        return chosen_rows(opened, steps=wanted_steps, ids=wanted_ids)
+
+    if narrowed:
+        rows()  # a wrong choice is said now
+    forks = None if fork is None else forker(opened, recorded_loop(opened, fork))
+    payload = Payload(opened, rows if narrowed else None, fork=forks)
     link = link_to(payload, id, step=step, partition=partition, turn=turn, token=token)
     server = ReplayServer(payload, port=port, title=f"{opened.path.resolve().name} – agentloop")
     typer.echo(f"{opened.path}: {server.url(link)}")

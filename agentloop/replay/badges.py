@@ -15,9 +15,9 @@ from agentloop.journal.recorded import Row
 from agentloop.trajectory import MIXED, EndReason, StopReason
 
 ERROR = "error"
-"""It ended by a failure (of a tool, the engine or the program) or was aborted."""
+"""It ended by a failure: of a tool, the engine or the program."""
 CUT_OFF = "cut_off"
-"""It ended at a limit: of turns, of tokens or of time."""
+"""It was ended by a limit (of turns, tokens or time) or from outside, not by the model."""
 PARSE_FAILURE = "parse_failure"
 """At least one call of a tool was malformed."""
 TOOL_FAILURE = "tool_failure"
@@ -29,7 +29,7 @@ INCOMPLETE = "incomplete"
 MASKED = "masked"
 """It was kept out of training."""
 ZERO_VARIANCE = "zero_variance"
-"""All its siblings have the same reward, so GRPO learns nothing from the group."""
+"""All siblings of its group have the same reward, so GRPO learns nothing from it."""
 DAMAGED = "damaged"
 """Its record cannot be read as it was written."""
 
@@ -45,8 +45,8 @@ BADGES = (
     DAMAGED,
 )
 
-_ERRORS = {EndReason.TOOL_FAILURE, EndReason.ENGINE_FAILURE, EndReason.ABORTED}
-_CUT_OFF = {EndReason.TURN_LIMIT, EndReason.TOKEN_LIMIT, EndReason.DEADLINE}
+_ERRORS = {EndReason.TOOL_FAILURE, EndReason.ENGINE_FAILURE}
+_CUT_OFF = {EndReason.TURN_LIMIT, EndReason.TOKEN_LIMIT, EndReason.DEADLINE, EndReason.ABORTED}
 
 
 class Facts(NamedTuple):
@@ -134,7 +134,7 @@ def own_badges(row: Row, found: Facts) -> list[str]:
     """The badges that do not depend on siblings, in the order of `BADGES`."""
     reason = EndReason(row.end_reason) if row.end_reason in set(EndReason) else None
     holds = {
-        ERROR: row.complete and (reason is None or reason in _ERRORS),
+        ERROR: bool(row.error) or reason in _ERRORS or (row.complete and reason is None and "end_reason" not in row.missing),
         CUT_OFF: reason in _CUT_OFF,
         PARSE_FAILURE: bool(found.parse_errors) or reason is EndReason.PARSE_FAILURE,
         TOOL_FAILURE: bool(row.tool_failures),
@@ -147,17 +147,13 @@ def own_badges(row: Row, found: Facts) -> list[str]:
 
 
 def has_zero_variance(siblings: Iterable[Row]) -> bool:
-    """Whether at least two siblings are in the group's baseline, and all of these have the same reward. Not before all of
-    them have ended."""
-    members = list(siblings)
-    if not all(row.complete for row in members):
-        return False
-    rewards = [row.reward for row in members if not row.masked and row.reward is not None]
+    """Whether at least two siblings are in the group's baseline, and all of these have the same reward."""
+    rewards = [row.reward for row in siblings if not row.masked and row.reward is not None]
     return len(rewards) > 1 and len(set(rewards)) == 1
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The siblings of each group that trains, by `group_key`; of a sibling that was started anew the last attempt."""
+    """The siblings of each group, by `group_key`; of a sibling that was started anew the last attempt."""
     found: dict[str, dict[int, Row]] = {}
     for row in rows:
         siblings = found.setdefault(group_key(row), {})
@@ -191,7 +187,7 @@ class Badges:
         found = []
         for row in rows:
             badges = own_badges(row, self.facts(row))
-            if row.partition == "train" and group_key(row) in flat:
+            if group_key(row) in flat:
                 badges.append(ZERO_VARIANCE)
             found.append(sorted(badges, key=BADGES.index))
         return found

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from agentloop.errors import ConfigError, nearest
 from agentloop.journal.recorded import Row
+from agentloop.replay.forks import MakeLoop, forker, recorded_loop
 from agentloop.replay.html import MAX_FILE_MB, MAX_INLINE_MB, Link, Page
 from agentloop.replay.payload import Payload, key_of
 from agentloop.replay.runs import RunLike, as_run, chosen_rows
@@ -36,6 +37,7 @@ def view(
     theme: Theme = "auto",
     file: str | Path | None = None,
     max_mb: float | None = None,
+    fork: str | MakeLoop | None = None,
 ) -> Any:
     """Look at a run: `view("runs/quickstart")` as the last line of a cell.
 
@@ -53,6 +55,9 @@ def view(
       `max_mb` (100) megabytes.
     - `auto`: `iframe` in VS Code and Colab or without anywidget, `widget` in other notebooks, `html` elsewhere.
 
+    `fork` lets the widget fork conversations: the name of the engine that goes on (`local`: the run's own model, in this
+    process), or a function that makes the loop. Without it the viewer shows the command that does it.
+
     Nothing is ever fetched from outside the machine. Raises `ConfigError` for a wrong argument or a page that is too large.
     """
     for name, value, known in (("mode", mode, Mode), ("theme", theme, Theme), ("view", view, View)):
@@ -66,7 +71,8 @@ def view(
     def rows() -> list[Row]:
         return chosen_rows(opened, steps=steps, ids=ids)
 
-    payload = Payload(opened, rows if narrowed else None)
+    make_loop = recorded_loop(opened, fork) if isinstance(fork, str) else fork
+    payload = Payload(opened, rows if narrowed else None, fork=None if make_loop is None else forker(opened, make_loop))
     link = link_to(payload, trajectory, step=step, partition=partition, turn=turn, token=token, view=view)
     if mode == "widget":
         if file is not None:

@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def told(row: Row, name: str, value: Any) -> Any:
 
 
 class Payload:
-    """Answers the viewer's requests about a run. Not for several threads at once.
+    """Answers the viewer's requests about a run; for any thread, one at a time but for forks, which take their time.
 
     `rows`: which trajectories there are to see, asked for again with every overview; all of the run by default. `live`: the run
     may still grow. `fork`: what makes a fork, `(row, turn, call, text) -> sentence`; without it the viewer cannot ask for one.
@@ -88,6 +89,7 @@ class Payload:
         fork: Callable[[Row, int, int | None, str], str] | None = None,
     ) -> None:
         self.run = run
+        self._lock = threading.Lock()
         self._choose = run.trajectories if rows is None else rows
         self._fork = fork
         self._can = [*(["search"] if search else []), *(["fork"] if fork else []), *(["refresh"] if live else [])]
@@ -101,16 +103,18 @@ class Payload:
         """Never raises for a request that is wrong or a record that is damaged: that is an answer of kind `error`."""
         kind = request.get("kind") if isinstance(request, Mapping) else None
         try:
-            if kind == "overview":
-                return Answer(self.overview())
-            if kind == "sample":
-                return self.sample(self.row(str(request["key"])))
-            if kind == "search" and "search" in self._can:
-                return Answer(self.search(str(request["text"]), request.get("keys"), int(request.get("limit") or 100)))
             if kind == "fork" and self._fork is not None:
                 place = None if request.get("call") is None else int(request["call"])
-                told = self._fork(self.row(str(request["key"])), int(request["turn"]), place, str(request["text"]))
-                return Answer({"kind": "fork", "text": told})
+                with self._lock:
+                    row = self.row(str(request["key"]))
+                return Answer({"kind": "fork", "text": self._fork(row, int(request["turn"]), place, str(request["text"]))})
+            with self._lock:
+                if kind == "overview":
+                    return Answer(self.overview())
+                if kind == "sample":
+                    return self.sample(self.row(str(request["key"])))
+                if kind == "search" and "search" in self._can:
+                    return Answer(self.search(str(request["text"]), request.get("keys"), int(request.get("limit") or 100)))
         except (AgentloopError, OSError) as wrong:
             return error(str(wrong))
         except (KeyError, TypeError, ValueError) as wrong:
@@ -157,7 +161,9 @@ class Payload:
         """None for a page that is handed on: a folder's name is nobody else's business."""
         if "refresh" not in self._can:
             return {}
-        return {"fork": f"agentloop fork {shlex.quote(str(self.run.path))} {{id}} --step {{step}} --turn {{turn}}"}
+        run = shlex.quote(str(self.run.path))
+        which = "--trajectory {id} --partition {partition} --step {step} --turn {turn}"
+        return {"fork": f"agentloop fork {run} {which}"}
 
     def _step(self, place: Place) -> dict[str, Any]:
         side = self._sides.get(place.step) if place.partition == "train" else None
@@ -176,11 +182,12 @@ class Payload:
         columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in own}
         columns |= {
             name: [told(row, missing, getattr(row, name)) for row in rows]
-            for name, missing in (("end_reason", "end_reason"), ("turns", "turns"), ("tokens", "tokens"), ("t", "t"),
+            for name, missing in (("turns", "turns"), ("tokens", "tokens"), ("t", "t"),
                                   ("prompt_tokens", "tokens"), ("sampled_tokens", "tokens"), ("tool_calls", "tool_calls"))
         }  # fmt: skip
         return columns | {
             "key": [key_of(row) for row in rows],
+            "end_reason": [_end_reason(row) for row in rows],
             "group": [group_key(row) for row in rows],
             "reward": [_finite(row.reward) for row in rows],
             "components": [dict(row.components) for row in rows],
@@ -315,7 +322,7 @@ def _header(recorded: RecordedTrajectory, trained: TrainedTrajectory | None) -> 
         "key": key_of(row),
         "n": len(columns),
         **{name: getattr(row, name) for name in own},
-        "end_reason": told(row, "end_reason", row.end_reason),
+        "end_reason": _end_reason(row),
         "t": told(row, "t", row.t),
         "score_s": told(row, "total_s", row.score_s) if row.complete else None,
         "total_s": told(row, "total_s", row.total_s) if row.complete else None,
@@ -416,6 +423,11 @@ def _packed(columns: Iterable[tuple[str, str, Any]]) -> tuple[bytes, list[dict[s
         parts.append(data)
         offset += len(data)
     return b"".join(parts), places
+
+
+def _end_reason(row: Row) -> str | None:
+    """`None` is a failure of the program, to the viewer."""
+    return "not recorded" if "end_reason" in row.missing else row.end_reason
 
 
 def _finite(value: float | None) -> float | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
-import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -38,7 +37,6 @@ class ReplayServer:
     def __init__(self, payload: Payload, *, port: int = 0, title: str = "agentloop", theme: str = "auto") -> None:
         self.token = secrets.token_urlsafe(24)
         self._payload = payload
-        self._lock = threading.Lock()
         query = urlencode({"token": self.token})
         self._files = {
             "/": ("text/html; charset=utf-8", _page(title, f"request?{query}", theme).encode()),
@@ -84,8 +82,7 @@ class ReplayServer:
             request = json.loads(body)
         except ValueError:
             return error("the request is not JSON").frame()
-        with self._lock:
-            return self._payload.answer(request).frame()
+        return self._payload.answer(request).frame()
 
 
 def _page(title: str, url: str, theme: str) -> str:

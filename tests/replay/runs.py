@@ -174,7 +174,7 @@ def _script(uid: str, sibling: int, step: int) -> list[str | ScriptedTurn]:
     return {
         0: [sums[0], ScriptedTurn(error="the engine died (planted)")],
         1: ['<tool_call>\n{"name": "calculator", "arguments": {"expression"\n</tool_call>', right],
-        2: [sums[0], right],
+        2: [sums[0], wrong],
         3: [call("read_page", '{"path": "index.html"}'), wrong],
     }[sibling]
 
