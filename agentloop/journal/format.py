@@ -46,6 +46,7 @@ _OLD_MAGIC = b"TOK1"
 _HAS_LOG_PROBS = 1
 _HAS_PIECES = 2
 _HAS_TEXT = 4
+_WIDE_IDS = 8
 _FILE_NAME = re.compile(r"^(?P<writer>[A-Za-z0-9_-]+)\.g(?P<generation>[1-9][0-9]*)\.traj\.jsonl$")
 _STEP_NAME = re.compile(r"^step_(?P<step>[0-9]{6,})$")
 WRITER_NAME = re.compile(r"^[A-Za-z0-9_-]+$")
@@ -123,15 +124,19 @@ class TokenFrame:
 def encode_frame(ids: Any, log_probs: Any, has_text: bool, compressor: zstandard.ZstdCompressor) -> tuple[bytes, int, int]:
     """The record to append to a token file, and the length and CRC-32 of its packed bytes.
 
-    Numbers are split into planes: all lowest bytes, then all second ones, and so on. What compresses (the ids, and signs and
-    exponents of the log-probabilities) goes into a zstd frame; the rest of the log-probabilities is noise and follows as it is.
+    Numbers are split into planes: all lowest bytes, then all second ones, and so on. What compresses (the ids' lower three,
+    since no vocabulary needs the fourth, and signs and exponents of the log-probabilities) goes into a zstd frame; the rest
+    of the log-probabilities is noise and follows as it is.
     """
+    n = len(ids)
     flags = (0 if log_probs is None else _HAS_LOG_PROBS) | (_HAS_TEXT if has_text else 0)
-    columns, noise = [_HEAD.pack(_MAGIC, len(ids), flags), _planes(ids.astype("<u4", copy=False))], b""
+    planes = _planes(ids.astype("<u4", copy=False))
+    wide = not planes.endswith(bytes(n))
+    columns, noise = [_HEAD.pack(_MAGIC, n, flags | (_WIDE_IDS if wide else 0)), planes if wide else planes[: 3 * n]], b""
     if log_probs is not None:
         values = _planes(log_probs.astype("<f4", copy=False))
-        columns.append(values[3 * len(ids) :])
-        noise = values[: 3 * len(ids)]
+        columns.append(values[3 * n :])
+        noise = values[: 3 * n]
     packed = compressor.compress(b"".join(columns)) + noise
     crc = zlib.crc32(packed)
     return _PREFIX.pack(len(packed), crc) + packed, len(packed), crc
@@ -160,12 +165,11 @@ def decode_frame(packed: bytes, crc: int, where: str) -> TokenFrame:
     if magic == _OLD_MAGIC:
         return _decode_old(data, n, flags, where)
     at, exponents = _HEAD.size, n if flags & _HAS_LOG_PROBS else 0
-    if magic != _MAGIC or len(data) != at + 4 * n + exponents or len(packed) < 3 * exponents:
+    end = at + (4 if flags & _WIDE_IDS else 3) * n
+    if magic != _MAGIC or len(data) != end + exponents or len(packed) < 3 * exponents:
         raise JournalError(f"{where}: not a token frame")
-    ids = _joined_planes(data[at : at + 4 * n], "<u4")
-    log_probs = None
-    if flags & _HAS_LOG_PROBS:
-        log_probs = _joined_planes(packed[len(packed) - 3 * n :] + data[at + 4 * n :], "<f4")
+    ids = _joined_planes(data[at:end] + bytes(at + 4 * n - end), "<u4")
+    log_probs = _joined_planes(packed[len(packed) - 3 * n :] + data[end:], "<f4") if exponents else None
     return TokenFrame(ids, log_probs, bool(flags & _HAS_TEXT))
 
 

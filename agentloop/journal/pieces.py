@@ -84,33 +84,45 @@ class PieceTeller:
         self._told: Any = np.zeros(1024, dtype=bool)
         self._told_large: set[int] = set()
 
-    def untold(self, ids: Any) -> list[int]:
+    def untold(self, ids: Any) -> Any:
         """Those of `ids` (uint32, (n,)) that were not told yet, each once, in ascending order."""
-        top = int(ids.max(initial=0))
+        try:
+            told = self._told.take(ids)
+        except IndexError:
+            return self._untold_beyond(ids)
+        return ids[:0] if told.all() else np.unique(ids[~told])
+
+    def _untold_beyond(self, ids: Any) -> Any:
+        top = int(ids.max())
         if top >= _LARGEST_TABLE:  # no vocabulary is that large; do not allocate for it
-            return sorted(i for i in set(ids.tolist()) if not self._is_told(i))
-        if top >= len(self._told):
-            grown: Any = np.zeros(max(top + 1, 2 * len(self._told)), dtype=bool)
-            grown[: len(self._told)] = self._told
-            self._told = grown
-        fresh = ids[~self._told[ids]]
-        return [int(i) for i in np.unique(fresh).tolist()] if len(fresh) else []
+            large = {i for i in ids.tolist() if i >= _LARGEST_TABLE} - self._told_large
+            small = self.untold(ids[ids < _LARGEST_TABLE])
+            return np.concatenate([small, np.array(sorted(large), np.uint32)])
+        grown: Any = np.zeros(max(top + 1, 2 * len(self._told)), dtype=bool)
+        grown[: len(self._told)] = self._told
+        self._told = grown
+        return self.untold(ids)
 
-    def tell(self, ids: Sequence[int]) -> None:
-        """These are in the file by now."""
-        small = [i for i in ids if i < len(self._told)]
-        self._told[small] = True
-        self._told_large.update(i for i in ids if i >= len(self._told))
+    def tell(self, fresh: Any) -> None:
+        """What `untold` found is in the file by now."""
+        if fresh[-1] < _LARGEST_TABLE:
+            self._told[fresh] = True
+        else:
+            self._told[fresh[fresh < _LARGEST_TABLE]] = True
+            self._told_large.update(fresh[fresh >= _LARGEST_TABLE].tolist())
 
-    def _is_told(self, token_id: int) -> bool:
-        return bool(self._told[token_id]) if token_id < len(self._told) else token_id in self._told_large
 
-
-def pieces_event(ids: Sequence[int], decode: PieceBytes, t: float) -> dict[str, Any]:
-    """The event that tells the bytes of `ids`, written in GPT-2's alphabet."""
-    pieces = [decode(i)[:MAX_PIECE] for i in ids]
-    event = {"type": PIECES, "t": t, "ids": ids, "pieces": [piece.decode("latin-1").translate(_SHOWN) for piece in pieces]}
-    return event | {"crc": zlib.crc32(b"".join(pieces))}
+def pieces_event(ids: Any, decode: PieceBytes, t: float) -> dict[str, Any]:
+    """The event that tells the bytes of `ids`: how many of each, and all of them in GPT-2's alphabet, a character a byte."""
+    known = ids.tolist()
+    pieces = list(map(decode, known))
+    lens = list(map(len, pieces))
+    if max(lens, default=0) > MAX_PIECE:
+        pieces = [piece[:MAX_PIECE] for piece in pieces]
+        lens = list(map(len, pieces))
+    joined = b"".join(pieces)
+    shown = joined.decode("latin-1").translate(_SHOWN)
+    return {"type": PIECES, "t": t, "ids": known, "lens": lens, "bytes": shown, "crc": zlib.crc32(joined)}
 
 
 class PieceReader:
@@ -120,53 +132,56 @@ class PieceReader:
         self._path = path
         self._read = 0
         """Events that were taken in."""
-        self._places: dict[int, int] = {}
-        """Of an id in the columns below."""
-        self._dense: Any = np.full(1024, -1, dtype=np.int64)
-        """The same for ids that are not huge; -1: not told."""
-        self._starts: Any = np.empty(0, dtype=np.int64)
+        self._ids: Any = np.empty(0, dtype=np.int64)
+        """Of the columns below; one that comes twice counts as it came last."""
         self._lens: Any = np.empty(0, dtype=np.int64)
         self._bytes: Any = np.empty(0, dtype=np.uint8)
+        self._starts: Any = np.empty(0, dtype=np.int64)
+        self._places: Any = np.empty(0, dtype=np.int64)
+        """By id, of ids that are not huge, where it is in the columns; -1: not told."""
+        self._large: dict[int, int] = {}
+        """The same for huge ones."""
 
     def read(self, events: Sequence[Sequence[int]]) -> None:
         """Take in the events at these offsets and lengths that are new since the last time. Raises `JournalError`."""
         if len(events) == self._read:
             return
-        starts: list[int] = []
+        ids: list[int] = []
         lens: list[int] = []
         chunks: list[bytes] = []
-        at, offset = len(self._bytes), 0
+        offset = 0
         try:
             with self._path.open("rb") as file:
                 for offset, length in events[self._read :]:
                     file.seek(offset)
                     event = load_line(file.read(length))
-                    pieces = [piece.translate(_MEANT).encode("latin-1") for piece in event["pieces"]]
-                    joined = b"".join(pieces)
-                    if zlib.crc32(joined) != event["crc"] or len(pieces) != len(event["ids"]):
+                    chunks.append(event["bytes"].translate(_MEANT).encode("latin-1"))
+                    if zlib.crc32(chunks[-1]) != event["crc"] or sum(event["lens"]) != len(chunks[-1]):
                         raise ValueError("the checksum differs")
-                    for token_id, piece in zip(event["ids"], pieces, strict=True):
-                        self._places[token_id] = len(self._starts) + len(starts)
-                        starts.append(at)
-                        lens.append(len(piece))
-                        at += len(piece)
-                    chunks.append(joined)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                    ids += event["ids"]
+                    lens += event["lens"]
+            self._ids = np.concatenate([self._ids, np.array(ids, np.int64)])
+            self._lens = np.concatenate([self._lens, np.array(lens, np.int64)])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: {error}") from error
-        self._starts = np.concatenate([self._starts, np.array(starts, np.int64)])
-        self._lens = np.concatenate([self._lens, np.array(lens, np.int64)])
+        if len(self._ids) != len(self._lens) or self._ids.min(initial=0) < 0 or self._lens.min(initial=0) < 0:
+            raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: damaged")
         self._bytes = np.concatenate([self._bytes, np.frombuffer(b"".join(chunks), np.uint8)])
         self._read = len(events)
-        small = {i: place for i, place in self._places.items() if i < _LARGEST_TABLE}
-        self._dense = np.full(max(small, default=0) + 1, -1, dtype=np.int64)
-        self._dense[list(small)] = list(small.values())
+        self._starts = np.cumsum(self._lens) - self._lens
+        small = np.flatnonzero(self._ids < _LARGEST_TABLE)
+        self._places = np.full(int(self._ids[small].max(initial=-1)) + 1, -1, dtype=np.int64)
+        self._places[self._ids[small]] = small
+        self._large = {int(self._ids[place]): int(place) for place in np.flatnonzero(self._ids >= _LARGEST_TABLE)}
 
     def lookup(self, ids: Any) -> tuple[Any, bytes]:
         """Lengths (uint16, (n,)) and the joined bytes of `ids` (uint32, (n,)). `JournalError` if one was never told."""
-        if int(ids.max(initial=0)) < len(self._dense):
-            places = self._dense[ids]
+        known = len(self._places)
+        if int(ids.max(initial=0)) < known:
+            places = self._places[ids]
         else:
-            places = np.array([self._places.get(i, -1) for i in ids.tolist()], np.int64)
+            looked_up = (int(self._places[i]) if i < known else self._large.get(i, -1) for i in ids.tolist())
+            places = np.fromiter(looked_up, np.int64, len(ids))
         if places.min(initial=0) < 0:
             unknown = int(ids[int(np.argmax(places < 0))])
             raise JournalError(f"{self._path}: the text of token {unknown} is missing")

@@ -68,8 +68,8 @@ def test_what_is_told_of_tokens_is_read_back_and_told_once(tmp_path: Path) -> No
         for _ in range(5):
             ids = (rng.integers(0, 4000, 300) * large).astype(np.uint32)
             fresh = teller.untold(ids)
-            told += fresh
-            if fresh:
+            told += fresh.tolist()
+            if len(fresh):
                 teller.tell(fresh)
                 line = dump_line(pieces_event(fresh, decode, 0.0))
                 assert len(line.decode().splitlines()) == 1, "whatever a program takes for a line's end"
