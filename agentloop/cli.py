@@ -25,6 +25,7 @@ _COMMANDS = {
     "view": ("agentloop.commands.view", "view"),
     "stats": ("agentloop.commands.journal", "stats"),
     "logprobs": ("agentloop.commands.logprobs", "logprobs"),
+    "audit": ("agentloop.commands.audit", "audit"),
     "export": ("agentloop.commands.journal", "export"),
     "replay": ("agentloop.commands.replay", "replay"),
     "fork": ("agentloop.commands.fork", "fork"),
