@@ -109,7 +109,7 @@ export class App {
     this.views = { run: new RunView(this), group: new GroupView(this), sample: new SampleView(this) };
     this.frame.append(this.views.sample.tokens.tip);
     this.views.run.load();
-    await this.go(this.options.link ?? { view: "run" }, { focus: false, replace: true });
+    await this.go(this.options.link ?? { view: "run" }, { focus: Boolean(this.host.takesFocus), replace: true });
   }
 
   async refresh() {

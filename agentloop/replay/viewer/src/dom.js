@@ -9,7 +9,7 @@ export function h(tag, props, ...children) {
   if (tag === "button") el.type = "button";
   apply(el, props);
   if (FOCUSABLE.has(tag) || el.hasAttribute("tabindex")) suppress(el);
-  el.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  el.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return el;
 }
 

@@ -125,6 +125,8 @@ export function parseLink(text) {
 function pageLinks() {
   let own = location.hash;
   return {
+    // A page of its own has the keyboard from the start; a frame in somebody's notebook has it when it is clicked.
+    takesFocus: window === window.top,
     setLink(link, newPlace) {
       own = `#${formatLink(link)}`;
       try {

@@ -11,5 +11,6 @@ if (root) {
     height: Number(height) || null,
     link: parseLink(location.hash) ?? parseLink(link),
   };
+  if (!options.height) document.body.style.margin = "0";
   root.viewer = mount(root, host === "http" ? httpHost(url, options) : embeddedHost(options));
 }

@@ -79,12 +79,12 @@ export class GroupView {
     this.other = null;
     const { stats } = group;
     const advantages = new Set(group.rows.map((row) => row.advantage_source).filter(Boolean));
+    const flag = h("span", { class: "badge badge-zero", "data-badge": "zero" }, "zero variance: all rewards are equal, no gradient");
     this.title.replaceChildren(
       h("b", null, `Group ${visible(group.uid)}`),
-      group.zeroVariance ? h("span", { class: "badge badge-zero", "data-badge": "zero" }, "zero variance: all rewards are equal, no gradient") : null,
+      ...(group.zeroVariance ? [flag] : []),
       h("span", { class: "clip dim", title: group.prompt }, group.prompt),
     );
-    this.title.lastChild.textContent ||= "";
     this.summary.replaceChildren(
       facts([
         ["siblings", count(group.rows.length)],

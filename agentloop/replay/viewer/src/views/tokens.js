@@ -12,6 +12,7 @@ const ROW = 21;
 const OVERSCAN = 8;
 const GUTTER = 96;
 const GAP = 2;
+const GUTTER_WORDS = ["prompt", "", "tool", "template"];
 
 export class TokensPane {
   /** `onMove(token)` is told of the token under the cursor, when the user moved it. */
@@ -107,9 +108,9 @@ export class TokensPane {
     this.el = h(
       "section",
       { class: "pane tokens-pane", "aria-label": "Tokens" },
-      h("div", { class: "bar" }, this.modes),
+      h("div", { class: "bar" }, this.modes, h("span", { class: "grow" }), this.findInput, this.findWords),
       h("div", { class: "bar legend-bar" }, this.legend),
-      h("div", { class: "bar" }, this.jumps, h("span", { class: "grow" }), this.findInput, this.findWords),
+      this.jumps,
       this.map.el,
       this.scroller,
       h("div", { class: "bar foot" }, this.detail, h("span", { class: "grow" }), this.copyButton, this.copyIds),
@@ -265,7 +266,7 @@ export class TokensPane {
     turn.setAttribute("aria-hidden", "true");
     const name = document.createElement("b");
     if (opens) {
-      name.textContent = sample.turn[start] < 0 ? "prompt" : `${sample.turn[start]} ${ORIGINS[sample.origin[start]].slice(0, 4)}`;
+      name.textContent = sample.isSampled(start) ? `turn ${sample.turn[start]}` : GUTTER_WORDS[sample.origin[start]];
       row.classList.add("opens");
     }
     turn.append(name, String(start));
