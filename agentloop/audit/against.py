@@ -70,8 +70,8 @@ def _by_tokens(batch: Batch, subjects: Sequence[Subject]) -> tuple[list[Subject 
     for row in range(len(batch)):
         if paired[row] is not None or batch.fillers[row]:
             continue
-        uid = batch.uid(row)
-        left = [s for s in subjects if id(s) not in taken and not s.masked and (uid is None or s.uid == uid)]
+        own = batch.uid(row)
+        left = [s for s in subjects if id(s) not in taken and not s.masked and (own is None or s.uid == own)]
         if left:
             paired[row] = max(left, key=lambda s: _alike(batch, row, s))
             taken.add(id(paired[row]))

@@ -48,8 +48,7 @@ def audit_run(
     report = Report(str(run.path))
     for place in run.steps():
         if partition in (None, place.partition) and step in (None, place.step):
-            loop = meta.get("loop") if isinstance(meta.get("loop"), Mapping) else {}
-            read = read_step(run.path, place, loop)
+            read = read_step(run.path, place, _get(meta, "loop") or {})
             report.add(read.found)
             _audit(report, read.subjects, renderer=renderer, score=score, tools=meta.get("tools"))
             if place.partition == "train":
@@ -219,7 +218,7 @@ def _given(subject: Subject, prompts: Sequence[Sequence[int]] | None) -> Iterato
         differs = np.flatnonzero(given[:n] != ids[:n])
         if len(differs) or len(given) > len(ids):
             at = int(differs[0]) if len(differs) else n
-            message = f"request {number} to the engine does not begin with the tokens before it: the engine was given token {int(given[at])}"
+            message = f"request {number} to the engine is not the tokens before it: it was given token {int(given[at])}"
             wanted = f"token {int(ids[at])}" if at < len(ids) else "no token"
             yield subject.finding("prefix", message, at, expected=wanted)
             return
@@ -342,7 +341,7 @@ def _train_side(report: Report, run: Run, step: int, subjects: Sequence[Subject]
     if not rows:
         if subjects:
             report.skip(
-                "log-probabilities against the trainer's, and advantages: no train side was recorded (agentloop.train_side=true)"
+                "log-probabilities against the trainer's, and advantages: it recorded none (agentloop.train_side=true)"
             )
         return
     report.add(check_agreement(sides))

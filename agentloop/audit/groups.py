@@ -227,13 +227,13 @@ def _one_text_an_id(subjects: Sequence[Subject]) -> Iterator[Finding]:
     mark = np.concatenate(marks)
     order = np.lexsort((mark, ids))
     ids, mark = ids[order], mark[order]
-    new = np.ones(len(ids), bool)
+    new: NDArray[np.bool_] = np.ones(len(ids), bool)
     new[1:] = (ids[1:] != ids[:-1]) | (mark[1:] != mark[:-1])
     starts = np.flatnonzero(new)
     kinds, shown = ids[starts], mark[starts]
     if len(np.unique(kinds)) == len(kinds):
         return
-    counts = np.diff(np.append(starts, len(ids)))
+    counts: NDArray[np.int64] = np.diff(np.append(starts, len(ids)))
     usual: dict[int, tuple[int, int]] = {}
     for token, seen, count in zip(kinds.tolist(), shown.tolist(), counts.tolist(), strict=True):
         if token not in usual or usual[token][0] < count:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agentloop.audit.report import Finding
 from agentloop.audit.subject import PROMPT, SAMPLED, Subject, first_difference
@@ -85,13 +86,15 @@ def _layout(subject: Subject) -> Iterator[Finding]:
     sampled = [(part.start, part.end) for part in parts if part.origin == SAMPLED]
     if spans == sampled:
         return
-    inside = np.zeros(len(subject) + 1, bool)
+    inside: NDArray[np.bool_] = np.zeros(len(subject) + 1, bool)
     for start, end in spans:
         inside[max(start, 0) : max(end, 0)] = True
     at = first_difference(inside[:-1], subject.sampled)
     if at < len(subject):
         what = _name(subject, at)
-        message = f"a token that {'no turn sampled is marked as sampled' if subject.sampled[at] else f'a turn sampled is marked as {what}'}"
+        message = "a token that no turn sampled is marked as sampled"
+        if not subject.sampled[at]:
+            message = f"a token that a turn sampled is marked as {what}"
         yield subject.finding("mask", message, at, expected="untrained" if subject.sampled[at] else "sampled")
         return
     at = next((a[0] for a, b in zip(spans, sampled, strict=False) if a != b), len(subject) - 1)
@@ -144,10 +147,11 @@ def _texts(subject: Subject) -> Iterator[str | None]:
 def _mask(subject: Subject) -> Iterator[Finding]:
     claim = subject.mask_claim
     if claim is not None:
-        said = np.repeat(np.array([run[0] for run in claim], np.int64), [run[1] for run in claim])
+        said: NDArray[np.int64] = np.repeat(np.array([run[0] for run in claim], np.int64), [run[1] for run in claim])
         at = first_difference(said, subject.sampled.astype(np.int64))
         if at < max(len(said), len(subject)):
-            message = f"the record's mask is {said[at] if at < len(said) else 'at its end'} at a token that is {_name(subject, at) if at < len(subject) else 'not there'}"
+            mask = str(said[at]) if at < len(said) else "at its end"
+            message = f"the record's mask is {mask} at {'the end' if at >= len(subject) else f'a {_name(subject, at)} token'}"
             yield subject.finding("mask", message, at)
             return
     stop_ids = subject.stop_ids
@@ -206,17 +210,14 @@ def _versions(subject: Subject) -> Iterator[Finding]:
             yield _about_turn(subject, turn, f"turn {turn.index} was sampled by version {first}, after version {newest}", at)
             return
         plain = [version for version, _ in runs if isinstance(version, int)]
-        if runs and len(plain) == len(runs) and first is not None and last is not None:
-            if plain[0] != first or plain[-1] != last:
-                message = f"turn {turn.index} began with version {first} and ended with {last}, and its tokens are labelled {_short(plain)}"
-                yield _about_turn(
-                    subject,
-                    turn,
-                    message,
-                    at if plain[0] != first else turn.end - 1,
-                    expected=f"{first} … {last}, or '{MIXED}'",
-                )
-                return
+        told = bool(runs) and len(plain) == len(runs) and first is not None and last is not None
+        if told and (plain[0] != first or plain[-1] != last):
+            message = (
+                f"turn {turn.index} began with version {first} and ended with {last}: its tokens are labelled {_short(plain)}"
+            )
+            wrong = at if plain[0] != first else turn.end - 1
+            yield _about_turn(subject, turn, message, wrong, expected=f"{first} … {last}, or '{MIXED}'")
+            return
         before: int | None = newest
         for version, count in runs:
             if isinstance(version, int):
@@ -362,7 +363,7 @@ def _answered(subject: Subject) -> Iterator[Finding]:
                 yield subject.finding("observation", message, min(turn.end, len(subject) - 1), turn=turn.index)
                 return
             places.append(int(match[2]))
-        if any(b <= a for a, b in zip(places, places[1:], strict=False)):
+        if places != sorted(set(places)):
             message = f"the calls of turn {turn.index} are not in the order in which they were written"
             yield subject.finding("observation", message, min(turn.end, len(subject) - 1), turn=turn.index)
             return

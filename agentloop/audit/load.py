@@ -15,8 +15,8 @@ import numpy as np
 from agentloop.audit.report import Finding
 from agentloop.audit.subject import Part, Pieces, Subject
 from agentloop.journal.format import (
-    PIECES,
     EVENTS_SUFFIX,
+    PIECES,
     TOKENS_SUFFIX,
     JournalError,
     Place,
@@ -161,8 +161,8 @@ def _build(step: Step, events: Events, data: Any, files: TokenFiles, loop: Mappi
         kind = event["type"]
         first, claimed = position, int(event.get("start", position))
         for origin, count in event.get("segments") or ():
-            turn = int(event.get("turn", -1))
-            parts.append(Part(ORIGINS.index(Origin(origin)), position, position + count, turn, claimed + position - first))
+            owner = int(event.get("turn", -1))
+            parts.append(Part(ORIGINS.index(Origin(origin)), position, position + count, owner, claimed + position - first))
             position += count
         if event.get("tok"):
             frame = _frame(event["tok"], data, tokens)

@@ -1,6 +1,6 @@
 """A padded batch by itself: what must hold in it whatever was recorded.
 
-B rows, P places of prompt, R of response, as verl's `AgentLoopWorker._postprocess` (`verl/experimental/agent_loop/agent_loop.py`)
+B rows, P places of prompt, R of response, as verl's `AgentLoopWorker._postprocess` (verl/experimental/agent_loop/agent_loop.py)
 and `agentloop.batch.to_dataproto` write them.
 """
 
@@ -155,7 +155,7 @@ def _shapes(batch: Batch) -> Iterator[Finding]:
     rows, response = tensors["responses"].shape
     both = tensors["prompts"].shape[1] + response
     wanted = {"prompts": (rows, tensors["prompts"].shape[1]), "attention_mask": (rows, both), "input_ids": (rows, both)}
-    wanted |= {name: (rows, response) for name in OVER_RESPONSE}
+    wanted |= dict.fromkeys(OVER_RESPONSE, (rows, response))
     if "position_ids" in tensors and tensors["position_ids"].ndim == 2:
         wanted["position_ids"] = (rows, both)
     for name, shape in wanted.items():
@@ -205,7 +205,7 @@ def _padding(batch: Batch) -> Iterator[Finding]:
     last = width + batch.response_lens - 1
     rows = np.arange(len(batch))
     starts = batch.first < width
-    begins = np.zeros(len(batch), bool)
+    begins: NDArray[np.bool_] = np.zeros(len(batch), bool)
     begins[starts] = batch.prompts[rows[starts], batch.first[starts]] == pad
     begins &= ~batch.fillers
     for rows_of_one in _by_uid(batch).values():
@@ -420,22 +420,24 @@ def _columns(batch: Batch) -> Iterator[Finding]:
     turns = columns.get("__num_turns__")
     mask = batch.mask
     runs = (mask & ~np.concatenate([np.zeros((len(batch), 1), bool), mask[:, :-1]], axis=1)).sum(axis=1)
+    thinned = "rollout_is_weights" in batch.tensors
     for row in range(len(batch)):
-        if oldest is not None and newest is not None and oldest[row] is not None and newest[row] is not None:
-            if oldest[row] > newest[row]:
-                message = f"min_global_steps {oldest[row]} is above max_global_steps {newest[row]}"
-                yield batch.finding("weight_versions", row, "min_global_steps", message)
-        if infos is not None and isinstance(infos[row], Mapping):
-            for key, value in infos[row].items():
-                if key in columns and isinstance(value, int | float) and _number(columns[key][row]) not in (None, float(value)):
-                    if value == value:
-                        message = f"'{key}' is {columns[key][row]}, and {value} in the row's own reward_extra_info"
-                        yield batch.finding("reward", row, key, message, expected=str(value))
+        first, last = (None if column is None else _number(column[row]) for column in (oldest, newest))
+        if first is not None and last is not None and first > last:
+            message = f"min_global_steps {first:g} is above max_global_steps {last:g}"
+            yield batch.finding("weight_versions", row, "min_global_steps", message)
+        info = infos[row] if infos is not None and isinstance(infos[row], Mapping) else {}
+        for key, value in info.items():
+            own, told = _number(columns[key][row]) if key in columns else None, _number(value)
+            if own is not None and told is not None and own != told:
+                message = f"'{key}' is {own:g}, and {told:g} in the row's own reward_extra_info"
+                yield batch.finding("reward", row, key, message, expected=f"{told:g}")
         # One for the prompt, one a turn, one for every answer to a turn.
-        if turns is not None and runs[row] and not batch.fillers[row] and "rollout_is_weights" not in batch.tensors:
-            if not 1 + runs[row] <= int(turns[row]) <= 1 + 2 * runs[row]:
-                message = f"there are {int(runs[row])} runs of sampled tokens, and __num_turns__ is {int(turns[row])}"
-                yield batch.finding("turns", row, "__num_turns__", message)
+        count = int(runs[row])
+        if turns is None or not count or batch.fillers[row] or thinned or 1 + count <= int(turns[row]) <= 1 + 2 * count:
+            continue
+        message = f"there are {count} runs of sampled tokens, and __num_turns__ is {int(turns[row])}"
+        yield batch.finding("turns", row, "__num_turns__", message)
 
 
 def _number(value: Any) -> float | None:

@@ -13,7 +13,7 @@ INVARIANTS = {
     "record": "Every event and token of the record is readable, and is what its checksum and its counts say.",
     "identity": "Each trajectory has one id, made of its group, its place in it and its attempt, and no other has the same.",
     "turns": "Turns are numbered without a gap, and each one's sampled tokens lie where the turn says.",
-    "prefix": "A turn's prompt is all tokens before it, and these never change: not their ids, not their text, not their place.",
+    "prefix": "A turn's prompt is all tokens before it, and these never change: neither ids nor text nor place.",
     "prompt": "The prompt is whole: it begins as the others do, with at most one BOS, and says what the sample's messages say.",
     "observation": "What follows a turn says what its own calls came to, in order, in the template's unchanging glue.",
     "mask": "The tokens that the model sampled are trained, all of them and no others.",

@@ -298,10 +298,10 @@ def _parting(whole: str, text: str, at: int) -> int:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    match = None
+    found = None
     for match in pattern.finditer(text):
-        pass
-    return match
+        found = match
+    return found
 
 
 def _short(text: str, limit: int = 40) -> str:

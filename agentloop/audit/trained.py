@@ -63,8 +63,8 @@ def check_agreement(sides: Sequence[Compared]) -> Iterator[Finding]:
         side = max(rest, key=lambda side: float(np.abs(side.theirs - side.ours).max()))
         at = int(side.places[int(np.abs(side.theirs - side.ours).argmax())])
         message = (
-            f"{rest[0].who} log-probabilities differ from the rollout's by {mean:.3f} on average, the more the less likely a token "
-            f"is (correlation {slope:.2f}): as those before temperature differ from those after it"
+            f"{rest[0].who} log-probabilities differ from the rollout's by {mean:.3f} on average, the more the less likely a "
+            f"token is (correlation {slope:.2f}): as those before temperature differ from those after it"
         )
         yield side.subject.finding("log_probs", message, at)
 
@@ -102,10 +102,10 @@ def _apart(side: Compared) -> Finding | None:
         # The median, so that a few tokens that moved far do not count as another model.
         if float(difference.mean()) > APART and float(np.median(difference)) > APART / 2:
             at = int(np.flatnonzero(difference > APART / 2)[0])
-            place = int(side.places[here][at])
+            place, mean = int(side.places[here][at]), float(difference.mean())
             message = (
-                f"{side.who} log-probabilities of turn {turn.index} differ from the rollout's by {float(difference.mean()):.3f} on "
-                "average: they are of other weights, another temperature or other tokens"
+                f"{side.who} log-probabilities of turn {turn.index} differ from the rollout's by {mean:.3f} on average: "
+                "they are of other weights, another temperature or other tokens"
             )
             return side.subject.finding("log_probs", message, place, expected=f"about {float(side.theirs[here][at]):.4f}")
     return None

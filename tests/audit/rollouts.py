@@ -28,7 +28,26 @@ from tests.chat.templates import TAKEN
 from tests.chat.tokenizers_ import tokenizer as family_tokenizer
 
 NAMES = list(TAKEN)
-WORDS = 'the answer is seven plus two lines été 🙂 漢字 naïve result 12 34 46 <b> {x} "q" \\n'.split()
+WORDS = [
+    "the",
+    "answer",
+    "is",
+    "seven",
+    "plus",
+    "two",
+    "lines",
+    "été",
+    "🙂",
+    "漢字",
+    "naïve",
+    "12",
+    "34",
+    "46",
+    "<b>",
+    "{x}",
+    '"q"',
+    "\\n",
+]
 
 
 @cache
