@@ -26,7 +26,8 @@ _COMMANDS = {
     "stats": ("agentloop.commands.journal", "stats"),
     "logprobs": ("agentloop.commands.logprobs", "logprobs"),
     "audit": ("agentloop.commands.audit", "audit"),
-    "export": ("agentloop.commands.journal", "export"),
+    "export": ("agentloop.commands.convert", "export"),
+    "import": ("agentloop.commands.convert", "import_"),
     "replay": ("agentloop.commands.replay", "replay"),
     "fork": ("agentloop.commands.fork", "fork"),
 }

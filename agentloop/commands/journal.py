@@ -1,4 +1,4 @@
-"""`agentloop ls | show | stats | export`: what a run recorded."""
+"""`agentloop ls | show | stats`: what a run recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from agentloop.errors import ConfigError, nearest
-from agentloop.journal.export import export as export_run
 from agentloop.journal.format import PARTITIONS, JournalError
 from agentloop.journal.reader import Run, run_names
 from agentloop.journal.recorded import Row
@@ -36,7 +35,7 @@ def ls(
     if run is None:
         _list_runs(console)
         return
-    opened, rows = _rows(run, step, partition)
+    opened, rows = rows_of(run, step, partition)
     if step is not None:
         _list_trajectories(console, rows)
         return
@@ -80,7 +79,7 @@ def show(
     """
     if sum([id is not None, best, worst]) > 1:
         raise ConfigError("agentloop show: give one of ID, --best and --worst")
-    opened, rows = _rows(run, step, partition)
+    opened, rows = rows_of(run, step, partition)
     console = new_console()
     if id is not None:
         row = _named(opened, rows, id)
@@ -109,7 +108,7 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """Rewards, end reasons, failures and latencies, step by step."""
-    opened, rows = _rows(run, step, partition)
+    opened, rows = rows_of(run, step, partition)
     found = [step_stats(opened, summary) for summary in summarise(rows)]
     if as_json:
         typer.echo(json.dumps({"run": str(opened.path), "steps": found}))
@@ -142,24 +141,6 @@ def stats(
             for name, tool in item["tools"].items()
         ],
     )
-
-
-def export(
-    run: RunArgument,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="what to write; replaced if it is there")],
-    to: Annotated[str, typer.Option(metavar="jsonl|parquet", help="jsonl has the keys of verl's rollout dump")] = "jsonl",
-    step: StepOption = None,
-    partition: PartitionOption = None,
-    incomplete: Annotated[bool, typer.Option("--incomplete", help="trajectories that have not ended too")] = False,
-) -> None:
-    """Write the trajectories for other programs, one line or row each."""
-    opened, _ = _rows(run, step, partition)
-    count, damaged = export_run(opened, file, to, partition=partition, step=step, incomplete=incomplete)
-    typer.echo(f"{count} trajectories written to {file}")
-    for sentence in damaged:
-        typer.echo(f"left out: {sentence}", err=True)
-    if damaged:
-        raise typer.Exit(1)
 
 
 def _list_runs(console: Console) -> None:
@@ -202,7 +183,7 @@ def _list_trajectories(console: Console, rows: list[Row]) -> None:
     )
 
 
-def _rows(name: str, step: int | None, partition: str | None) -> tuple[Run, list[Row]]:
+def rows_of(name: str, step: int | None, partition: str | None) -> tuple[Run, list[Row]]:
     """The run, and its trajectories of a step and partition; `ConfigError` if there is no such step."""
     if partition is not None and partition not in PARTITIONS:
         raise ConfigError(f"--partition: no partition '{partition}'; {nearest(partition, PARTITIONS)}")

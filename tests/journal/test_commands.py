@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from agentloop.commands import convert
 from agentloop.commands import journal as commands
 from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter, Run
@@ -38,8 +39,10 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def agentloop(*arguments: str) -> Result:
     app = typer.Typer()
-    for name in ("ls", "show", "stats", "export"):
+    for name in ("ls", "show", "stats"):
         app.command(name)(getattr(commands, name))
+    app.command("export")(convert.export)
+    app.command("import")(convert.import_)
     return CliRunner().invoke(app, list(arguments))
 
 
@@ -199,7 +202,14 @@ def test_export_leaves_a_damaged_trajectory_out_and_says_so(runs: Path, tmp_path
         (["ls", "quickstart", "--partition", "trian"], "no partition 'trian'; did you mean 'train'?"),
         (["show", "quickstart", "--best", "--worst"], "give one of ID, --best and --worst"),
         (["export", "quickstart", "x", "--to", "parqet"], "no export format 'parqet'; did you mean 'parquet'?"),
-        (["export", "quickstart", "no/such/folder/x"], "no/such/folder/x: cannot be written"),
+        (["export", "quickstart", "no/such/folder/x.jsonl"], "no/such/folder/x.jsonl: cannot be written"),
+        (["export", "quickstart", "x"], "'x' does not tell the format: give --to, one of verl,"),
+        (["export", "quickstart"], "say once where to write: agentloop export quickstart --to verl --out PATH"),
+        (["import", "runs", "--from", "verll"], "no import source 'verll'; did you mean 'verl'?"),
+        (["import", "runs/quickstrat", "--from", "verl"], "runs/quickstrat: not there; did you mean 'quickstart'?"),
+        (["import", "runs", "--from", "verl", "--out", "runs/quickstart"], "runs/quickstart: is there already"),
+        (["import", "runs", "--from", "verl", "--out", "new"], "runs: no '{step}.jsonl' in it"),
+        (["import", "runs", "--from", "verifiers", "--out", "new"], "runs: neither results.jsonl nor traces.jsonl in it"),
     ],
 )
 def test_bad_input_is_one_sentence(runs: Path, arguments: list[str], sentence: str) -> None:
