@@ -100,6 +100,8 @@ def tokenizer_of(run: Run | str | Path, model: str | Path | None = None) -> Any:
     name = str(model) if model is not None else read_run(path).get("model")
     if not name:
         raise ConfigError(f"{path / 'run.json'}: key 'model' is missing, which names the tokenizer; give the model")
+    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):  # no name on the hub either
+        raise ConfigError(f"the model '{name}' is no folder here; give the model")
     from transformers import AutoTokenizer
 
     try:

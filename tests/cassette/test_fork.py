@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from agentloop.cassette import CassetteMismatch, fork, forks
+from agentloop.cassette.forking import ToolState
 from agentloop.chat import HermesParser, load_renderer
 from agentloop.config import LoopConfig
 from agentloop.engines.base import Sampling
@@ -261,10 +262,10 @@ async def test_a_python_session_is_brought_back_by_running_its_calls_again(token
     if any(record.status is CallStatus.INFRA for record in parent.calls):
         pytest.skip("no process sandbox here")
     answers: dict[str, list[str]] = {}
-    for state in ("record", "replay"):
+    for state in get_args(ToolState):
         engine = ScriptedEngine([called("python", code="print(x * 2)") + END, "done" + END], encode=parts.encode)
         loop = parts.loop(engine, tools=tools, config=LoopConfig(), reward=None)
-        made = await fork(tmp_path / "run", "s0_0", loop=loop, turn=1, tools=state)  # type: ignore[arg-type]
+        made = await fork(tmp_path / "run", "s0_0", loop=loop, turn=1, tools=state)
         answers[state] = [record.text for record in made.trajectories[0].calls]
     assert answers["replay"] == ["21", "42"]
     assert answers["record"][0] == "21" and "NameError" in answers["record"][1]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentloop.cassette import CassetteMismatch, CassetteTools, EndOfRecord, replay
+from agentloop.cassette import CassetteMismatch, CassetteTools, EndOfRecord, Replay, replay
 from agentloop.chat import HermesParser, load_renderer
 from agentloop.config import Deadlines, LoopConfig, OnCutoff
 from agentloop.engines.base import Sampling
@@ -204,7 +204,13 @@ async def test_what_a_deadline_ended_is_as_recorded(parts: Parts, tmp_path: Path
     slow = ScriptedTurn(ids=parts.encode("late" + END), delay_s=60)
 
     def say(rng: random.Random) -> str | ScriptedTurn:
-        return rng.choice([slow, called("moody", mood="hang") + END, called("moody", mood="good") + END, f"quick{END}"])
+        choices: list[str | ScriptedTurn] = [
+            slow,
+            called("moody", mood="hang") + END,
+            called("moody", mood="good") + END,
+            f"quick{END}",
+        ]
+        return rng.choice(choices)
 
     with parts.writer(tmp_path / "run") as writer:
         tools = parts.registry(timeout=None)
@@ -230,7 +236,7 @@ async def test_damaged_trajectories_are_named_and_the_others_played(parts: Parts
 # -- drift --------------------------------------------------------------------------------------------------------------
 
 
-def first(made: Any) -> CassetteMismatch:
+def first(made: Replay) -> CassetteMismatch:
     assert made.mismatches and not made.played
     return made.mismatches[0]
 
