@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +50,10 @@ def open_sample(page: Any, site: Site, key: str, view: str = "tokens", **link: A
     open_run(page, site, "&".join([f"view={view}", f"key={key}", *(f"{name}={value}" for name, value in link.items())]))
     ready(page, view, key)
     return next(item for item in RUN.trajectories if item.key == key)
+
+
+def goto(page: Any, **link: Any) -> None:
+    page.evaluate("(link) => document.querySelector('#agentloop-replay').viewer.goto(link)", link)
 
 
 def tooltips(page: Any, tokens: list[int]) -> list[dict[str, str]]:
@@ -135,7 +140,7 @@ def test_reward_range(page: Any, site: Site) -> None:
     page.fill('[data-filter="low"]', "0.2")
     page.fill('[data-filter="high"]', "0.6")
     rows = page.locator(".row[data-key]")
-    assert {rows.nth(i).get_attribute("data-key") for i in range(rows.count())} == PLANTED["zero"]
+    assert {rows.nth(i).get_attribute("data-key") for i in range(rows.count())} == PLANTED["zero_variance"]
 
 
 def test_search_finds_text_and_opens_its_turn(page: Any, site: Site) -> None:
@@ -271,7 +276,7 @@ def test_tooltips_tell_the_truth_of_200_tokens(page: Any, site: Site) -> None:
 
 def test_special_tokens_and_split_characters_are_seen(page: Any, site: Site) -> None:
     item = open_sample(page, site, "train/1/3_1")
-    places = {piece: item.pieces.index(piece) for piece in (b"<|im_end|>", b"\n", b"    ", HALF, b"", " answer".encode())}
+    places = {piece: item.pieces.index(piece) for piece in (b"<|im_end|>", b"\n", b"    ", HALF, b"", b" answer")}
     fields = dict(zip(places, tooltips(page, list(places.values())), strict=True))
     assert fields[b"<|im_end|>"]["drawn"] == "<|im_end|>"
     assert fields[b"\n"]["drawn"] == "\u21b5" and fields[b"    "]["drawn"] == "\u00b7" * 4
@@ -279,7 +284,9 @@ def test_special_tokens_and_split_characters_are_seen(page: Any, site: Site) -> 
     assert fields[b""]["drawn"] == "\u2205" and fields[b" answer"]["drawn"] == " answer"
     whole = next(i for i in range(30, 40) if item.pieces[i : i + 2] == [HALF, "数".encode()[2:]])
     assert "“数”" in tooltips(page, [whole])[0]["character"]
-    special = page.evaluate("() => document.querySelector('#agentloop-replay').shadowRoot.querySelectorAll('.tok.k-special').length")
+    special = page.evaluate(
+        "() => document.querySelector('#agentloop-replay').shadowRoot.querySelectorAll('.tok.k-special').length"
+    )
     assert special > 0
 
 
@@ -319,7 +326,9 @@ def test_next_visits_exactly_the_planted_differences(page: Any, site: Site) -> N
     item = make(uid="9", seed=99, turns=5, tokens=300)
     sampled = np.flatnonzero(item.mask)
     planted = sorted(np.random.default_rng(3).choice(sampled, 7, replace=False).tolist())
-    item.columns["train_logprob"][planted] = item.columns["logprob"][planted] + np.array([0.6, -0.7, 0.9, -1.4, 2.0, 0.51, -3.0])
+    item.columns["train_logprob"][planted] = item.columns["logprob"][planted] + np.array(
+        [0.6, -0.7, 0.9, -1.4, 2.0, 0.51, -3.0]
+    )
     untrained = np.flatnonzero((item.mask == 0) & (np.arange(item.header["n"]) > 24))[:3]
     item.columns["logprob"][untrained] = -9.0  # an engine that told more than was asked; still not trained
     item.columns["train_mask"][int(sampled[0])] = 0
@@ -352,12 +361,12 @@ def test_find_and_copy_in_tokens(page: Any, site: Site) -> None:
     assert page.locator(".search.small + span").inner_text() == f"1 of {len(starts)} place{'s' * (len(starts) > 1)}"
     page.fill(".search.small", "no such text")
     assert page.locator(".search.small + span").inner_text() == "not found"
-    page.evaluate("() => document.querySelector('#agentloop-replay').viewer.goto({view: 'tokens', key: 'train/1/0_2', token: 40})")
+    goto(page, view="tokens", key="train/1/0_2", token=40)
     page.locator(".tokens").focus()
     for _ in range(3):
         page.keyboard.press("Shift+ArrowRight")
     page.keyboard.press("Control+c")
-    page.wait_for_function("() => document.querySelector('#agentloop-replay').shadowRoot.querySelector('.status-line').textContent.startsWith('Copied')")
+    page.wait_for_selector(".status-line:has-text('Copied')")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     assert page.evaluate("() => navigator.clipboard.readText()") == b"".join(item.pieces[40:44]).decode("utf-8", "replace")
 
@@ -412,10 +421,10 @@ def test_group_shows_rewards_advantages_and_where_siblings_part(page: Any, site:
 
 def test_zero_variance_is_flagged(page: Any, site: Site) -> None:
     open_run(page, site, "view=group&key=train/2/3_0")
-    assert "no gradient" in page.locator(".group-title [data-badge=zero]").inner_text()
+    assert "no gradient" in page.locator(".group-title [data-badge=zero_variance]").inner_text()
     open_run(page, site, "view=group&key=train/2/2_0")
     page.wait_for_selector('.group-view[data-group="train/2/2"]')
-    assert page.locator(".group-title [data-badge=zero]").count() == 0
+    assert page.locator(".group-title [data-badge=zero_variance]").count() == 0
 
 
 def test_strips_show_every_origin(page: Any, site: Site) -> None:
@@ -459,10 +468,10 @@ def test_hostile_text_never_runs(page: Any, site: Site) -> None:
     page.locator(".row[data-key]").click()
     ready(page, "conversation", item.key)
     tooltips(page, [0, 1, 2])
-    page.evaluate("() => document.querySelector('#agentloop-replay').viewer.goto({view: 'group', key: 'train/1/<b>7_0'})")
+    goto(page, view="group", key="train/1/<b>7_0")
     ready(page, "group")
     page.keyboard.press("Escape")
-    page.evaluate("() => document.querySelector('#agentloop-replay').viewer.goto({view: 'conversation', key: 'train/1/<b>7_0'})")
+    goto(page, view="conversation", key="train/1/<b>7_0")
     ready(page, "conversation")
     state = page.evaluate("""() => {
       const shadow = document.querySelector("#agentloop-replay").shadowRoot;
@@ -470,7 +479,11 @@ def test_hostile_text_never_runs(page: Any, site: Site) -> None:
               text: shadow.querySelector(".frame").textContent};
     }""")
     assert state["hacked"] is None and state["made"] == 0
-    assert "<img src=x onerror" in state["text"] and "\u241b[31mred" in state["text"] and "\u27e8U+202E\u27e9gnp.exe" in state["text"]
+    assert (
+        "<img src=x onerror" in state["text"]
+        and "\u241b[31mred" in state["text"]
+        and "\u27e8U+202E\u27e9gnp.exe" in state["text"]
+    )
     assert not set(state["text"]) & set("\x00\x07\x1b\x9b\u202e\u202c\u2066\u2069\u200b")
 
 
@@ -488,9 +501,9 @@ def test_errors_and_damage_are_said_and_the_rest_works(page: Any, site: Site) ->
     page.keyboard.press("]")
     page.wait_for_selector(".problem.top:has-text('checksum')")
     assert page.locator(".frame").get_attribute("data-sample") == "train/1/0_0"
-    page.evaluate("() => document.querySelector('#agentloop-replay').viewer.goto({key: 'train/1/0_2'})")
+    goto(page, key="train/1/0_2")
     page.wait_for_selector(".problem.top:has-text('cut off')")
-    page.evaluate("() => document.querySelector('#agentloop-replay').viewer.goto({key: 'train/1/0_3'})")
+    goto(page, key="train/1/0_3")
     ready(page, "conversation", "train/1/0_3")
     assert not page.locator(".problem.top").is_visible()
     site.answer = lambda request: frame({"kind": "error", "message": "runs/x: no run here"})
@@ -551,7 +564,7 @@ def test_colours_can_be_read_and_told_apart_by_the_colour_blind(page: Any, site:
     for simulation in simulations:
         seen = {int(code): np.clip(simulation @ linear(rgb(back)), 0, 1) for code, (back, _) in rules.items()}
         ramp = [luminance(seen[code]) for code in range(10, 18)]
-        assert all(np.sign(b - a) == np.sign(ramp[-1] - ramp[0]) for a, b in zip(ramp, ramp[1:], strict=False)), (theme, ramp)
+        assert all(np.sign(b - a) == np.sign(ramp[-1] - ramp[0]) for a, b in itertools.pairwise(ramp)), (theme, ramp)
         for weak, strong in zip(range(34, 38), range(35, 39), strict=True):  # each side away from the middle
             direction = -1 if theme == "light" else 1
             assert direction * (luminance(seen[strong]) - luminance(seen[weak])) > 0
@@ -596,5 +609,3 @@ def test_the_whole_way_by_keyboard(page: Any, site: Site) -> None:
     ready(page, "group")
     page.keyboard.press("r")
     ready(page, "run")
-
-

@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 
 # Split characters, an emoji of four tokens, special tokens, newlines, an indent, a token without bytes.
+WORDS = "the answer is so we compute first then add each term of it and check again with care"
+EMOJI = [bytes([byte]) for byte in "🙂".encode()]
+HALF, REST = "数".encode()[:2], "数".encode()[2:]
 PIECES: list[bytes] = [
-    *(f" {word}".encode() for word in ["the", "answer", "is", "so", "we", "compute", "first", "then", "add", "each", "term", "of", "it", "and", "check", "again", "with", "care"]),
-    b"<|im_start|>", b"<|im_end|>", b"\n", b"\n\n", b"    ", b"\t", b"def", b"(", b")", b":", b"0", b"1", b"7", b"42", b"=", b"+",
-    "你".encode(), "好".encode(), "数".encode()[:2], "数".encode()[2:], "é".encode(), "界".encode(),
-    *("🙂".encode()[i : i + 1] for i in range(4)), "🎉".encode(), b"<tool_call>", b"</tool_call>", b'{"name"', b"", b" <b>", b"&amp;",
-]  # fmt: skip
+    *(b" " + word.encode() for word in WORDS.split(" ")),
+    *(b"<|im_start|>", b"<|im_end|>", b"<tool_call>", b"</tool_call>", b'{"name"', b"", b" <b>", b"&amp;"),
+    *(b"\n", b"\n\n", b"    ", b"\t", b"def", b"(", b")", b":", b"0", b"1", b"7", b"42", b"=", b"+"),
+    *(text.encode() for text in ("你", "好", "é", "界", "🎉")),
+    *(HALF, REST, *EMOJI),
+]
 ID_OF = {piece: 1000 + 7 * place for place, piece in enumerate(PIECES)}
 SPECIAL_IDS = [ID_OF[b"<|im_start|>"], ID_OF[b"<|im_end|>"]]
-HALF, REST = "数".encode()[:2], "数".encode()[2:]
-EMOJI = [bytes([byte]) for byte in "🙂".encode()]
 DTYPES = {"ids": "<u4", "piece_len": "<u2", "piece_bytes": "u1", "train_mask": "u1"}
 NAMES = {"<u4": "u32", "<u2": "u16", "u1": "u8", "<f4": "f32"}
 
@@ -243,15 +245,35 @@ def make(
 
 def turn(index: int, span: tuple[int, int], *, last: bool) -> dict[str, Any]:
     call = {
-        "id": f"t{index:04d}c000", "name": "calculator", "arguments": {"expression": f"6 * {7 + index}", "note": "line one\nline two"},
-        "status": "ok", "text": f"result of turn {index}: {6 * (7 + index)}", "reward": 0.0, "metrics": {"steps": 3}, "attempts": 1,
-        "queue_s": 0.1, "run_s": 0.4, "cut_tokens": 0, "on_error": "observe",
-    }  # fmt: skip
+        "id": f"t{index:04d}c000",
+        "name": "calculator",
+        "arguments": {"expression": f"6 * {7 + index}", "note": "line one\nline two"},
+        "status": "ok",
+        "text": f"result of turn {index}: {6 * (7 + index)}",
+        "reward": 0.0,
+        "metrics": {"steps": 3},
+        "attempts": 1,
+        "queue_s": 0.1,
+        "run_s": 0.4,
+        "cut_tokens": 0,
+        "on_error": "observe",
+    }
     return {
-        "index": index, "start": span[0], "end": span[1], "text": f"Turn {index}: I compute, then I answer.", "stop_reason": "stop",
-        "weight_version": 3, "min_weight_version": None, "cached_tokens": 24 * index, "generate_s": 1.25, "tools_s": 0.0 if last else 0.5,
-        "t": 1_767_322_801.25 + 2.0 * index, "parse_errors": [], "closed_by_template": False, "calls": [] if last else [call],
-    }  # fmt: skip
+        "index": index,
+        "start": span[0],
+        "end": span[1],
+        "text": f"Turn {index}: I compute, then I answer.",
+        "stop_reason": "stop",
+        "weight_version": 3,
+        "min_weight_version": None,
+        "cached_tokens": 24 * index,
+        "generate_s": 1.25,
+        "tools_s": 0.0 if last else 0.5,
+        "t": 1_767_322_801.25 + 2.0 * index,
+        "parse_errors": [],
+        "closed_by_template": False,
+        "calls": [] if last else [call],
+    }
 
 
 def planted_run() -> MadeRun:
@@ -311,12 +333,12 @@ def planted_run() -> MadeRun:
 
 PLANTED = {
     "error": {"train/1/1_0"},
-    "cut": {"train/1/1_1"},
+    "cut_off": {"train/1/1_1"},
     "incomplete": {"train/1/1_2"},
-    "parse": {"train/1/2_0"},
-    "tool": {"train/1/2_2"},
-    "mixed": {"train/1/2_1"},
-    "zero": {f"train/2/3_{sibling}" for sibling in range(4)},
+    "parse_failure": {"train/1/2_0"},
+    "tool_failure": {"train/1/2_2"},
+    "mixed_versions": {"train/1/2_1"},
+    "zero_variance": {f"train/2/3_{sibling}" for sibling in range(4)},
     "masked": {"train/1/2_3"},
 }
 

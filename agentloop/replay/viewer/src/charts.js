@@ -197,14 +197,15 @@ export function runCharts(onStep) {
     onStep,
     draw(series, plot) {
       const scale = scaled(0, Math.max(1, ...series.map((entry) => entry.tokens.max ?? 0)));
-      const of = (field, name) => series.map((entry) => (entry.n ? scale(entry[field][name]) : null));
+      const of = (field, name) => series.map((entry) => (entry[field].n ? scale(entry[field][name]) : null));
       return [
         ...band(of("tokens", "min"), of("tokens", "max"), plot, "band band2"),
         ...line(of("tokens", "mean"), plot, "line line2"),
         ...line(of("sampled", "mean"), plot, "line line3"),
       ];
     },
-    read: (entry) => `mean ${count(Math.round(entry.tokens.mean))}, sampled ${count(Math.round(entry.sampled.mean))}`,
+    read: ({ tokens: all, sampled }) =>
+      all.n ? `mean ${count(Math.round(all.mean))}, sampled ${count(sampled.n ? Math.round(sampled.mean) : null)}` : "not recorded",
   });
   return [reward, ends, tools, tokens];
 }

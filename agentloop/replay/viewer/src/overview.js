@@ -8,19 +8,22 @@ export const PROTOCOL = 1;
 const REQUIRED = ["key", "group", "id", "partition", "step", "uid", "sibling", "attempt", "complete", "masked", "end_reason",
   "error", "reward", "turns", "tokens", "prompt_tokens", "sampled_tokens", "tool_calls"];
 
-/** Badges, which are filters too: `name → [words, what it means, test]`. */
+/** Badges, which are filters too: `name: [words, what it means, test]`. The names and the tests are those of Python. */
 export const BADGES = {
   error: ["error", "ended by a failure of an engine, a tool or the program", (row) =>
     Boolean(row.error) || ["engine_failure", "tool_failure"].includes(row.end_reason) || (row.complete && !row.end_reason)],
-  cut: ["cut off", "ended by a limit, a deadline or from outside, not by the model", (row) =>
+  cut_off: ["cut off", "ended by a limit, a deadline or from outside, not by the model", (row) =>
     ["turn_limit", "token_limit", "deadline", "aborted"].includes(row.end_reason)],
   incomplete: ["incomplete", "has no end in the record: still running, killed, or not written", (row) => !row.complete],
-  parse: ["parse failure", "a tool call could not be read", (row) => row.end_reason === "parse_failure" || row.parse_errors > 0],
-  tool: ["tool failure", "a tool call did not succeed", (row) => failures(row) > 0],
-  mixed: ["mixed weights", "sampled by more than one weight version", (row) =>
+  parse_failure: ["parse failure", "a tool call could not be read", (row) =>
+    row.end_reason === "parse_failure" || row.parse_errors > 0],
+  tool_failure: ["tool failure", "a tool call did not succeed", (row) => failures(row) > 0],
+  mixed_versions: ["mixed weights", "sampled by more than one weight version", (row) =>
     Boolean(row.versions) && (row.versions.length > 1 || row.versions.includes("mixed"))],
-  zero: ["zero variance", "all siblings have the same reward, so the group teaches nothing", (row, group) => group.zeroVariance],
+  zero_variance: ["zero variance", "all siblings have the same reward, so the group teaches nothing", (row, group) =>
+    group.zeroVariance],
   masked: ["masked", "no gradient, and not in the group's baseline", (row) => row.masked],
+  damaged: ["damaged", "the record cannot be read as it was written", () => false],
 };
 
 export const failures = (row) => Object.values(row.tool_failures ?? {}).reduce((sum, n) => sum + n, 0);
@@ -39,7 +42,8 @@ export class Overview {
     this.groups = groupsOf(this.rows, header.groups ?? {});
     for (const row of this.rows) {
       const group = this.groups.get(row.group);
-      row.badges = Object.keys(BADGES).filter((name) => BADGES[name][2](row, group));
+      const told = Array.isArray(row.badges) ? row.badges : null;
+      row.badges = Object.keys(BADGES).filter((name) => (told ? told.includes(name) : BADGES[name][2](row, group)));
     }
     this.partitions = [...new Set(this.rows.map((row) => row.partition))];
     this.trainSide = new Map((header.steps ?? []).map((step) => [`${step.partition}/${step.step}`, step]));
@@ -158,8 +162,8 @@ export function series(rows) {
         failed,
         calls,
         failuresKnown: of.some((row) => row.tool_failures !== undefined && row.tool_failures !== null),
-        tokens: stats(of.map((row) => row.tokens)),
-        sampled: stats(of.map((row) => row.sampled_tokens)),
+        tokens: stats(of.map((row) => row.tokens).filter(isNumber)),
+        sampled: stats(of.map((row) => row.sampled_tokens).filter(isNumber)),
       };
     });
 }

@@ -1,7 +1,7 @@
 // Small pieces that several views share.
 
 import { h } from "./dom.js";
-import { endWord, isNumber, MISSING, number, signed } from "./format.js";
+import { count, endWord, isNumber, MISSING, number, signed } from "./format.js";
 import { BADGES } from "./overview.js";
 
 export function badges(row, skip = []) {
@@ -16,6 +16,10 @@ export function badges(row, skip = []) {
 export function endBadge(row) {
   const good = row.end_reason === "final_answer";
   return h("span", { class: `end ${good ? "good" : "bad"}`, title: "why it ended" }, endWord(row));
+}
+
+export function countCell(value) {
+  return h("span", { class: `num ${isNumber(value) ? "" : "missing"}` }, count(value));
 }
 
 export function rewardCell(value, name = "reward") {

@@ -5,7 +5,7 @@ import { h, toggle } from "../dom.js";
 import { count, isNumber, number, plural, signed, visible } from "../format.js";
 import { VirtualList } from "../list.js";
 import { paintCodes, Strip } from "../minimap.js";
-import { advantageCell, badges, endBadge, facts, rewardCell, segmented } from "../parts.js";
+import { advantageCell, badges, countCell, endBadge, facts, rewardCell, segmented } from "../parts.js";
 import { firstDifference } from "../sample.js";
 
 const CELLS = 1200;
@@ -74,12 +74,12 @@ export class GroupView {
     this.parted.clear();
     for (const strip of this.canvases?.values() ?? []) strip.destroy();
     this.canvases = new Map();
-    this.longest = Math.max(1, ...group.rows.map((row) => row.tokens));
+    this.longest = Math.max(1, ...group.rows.map((row) => row.tokens ?? 0));
     this.reference = group.rows[0];
     this.other = null;
     const { stats } = group;
     const advantages = new Set(group.rows.map((row) => row.advantage_source).filter(Boolean));
-    const flag = h("span", { class: "badge badge-zero", "data-badge": "zero" }, "zero variance: all rewards are equal, no gradient");
+    const flag = h("span", { class: "badge badge-zero_variance", "data-badge": "zero_variance" }, "zero variance: all rewards are equal, no gradient");
     this.title.replaceChildren(
       h("b", null, `Group ${visible(group.uid)}`),
       ...(group.zeroVariance ? [flag] : []),
@@ -142,11 +142,11 @@ export class GroupView {
       rewardCell(row.reward),
       advantageCell(row),
       endBadge(row),
-      h("span", { class: "num" }, count(row.turns)),
-      h("span", { class: "num" }, count(row.tokens)),
+      countCell(row.turns),
+      countCell(row.tokens),
       strip.el,
       parts,
-      badges(row, ["zero"]),
+      badges(row, ["zero_variance"]),
     );
   }
 
@@ -161,7 +161,7 @@ export class GroupView {
   paint(row, context, width, height) {
     const cached = this.strips.get(row.key);
     const codes = cached?.mode === this.app.mode ? cached.codes : null;
-    const share = row.tokens / this.longest;
+    const share = (row.tokens ?? 0) / this.longest;
     if (!codes) {
       context.fillStyle = this.app.colours[0];
       context.fillRect(0, height * 0.45, width * share, height * 0.1);

@@ -5,7 +5,7 @@ import { h, toggle } from "../dom.js";
 import { count, isNumber, number, oneLine, plural, visible } from "../format.js";
 import { VirtualList } from "../list.js";
 import { BADGES, series, stats } from "../overview.js";
-import { advantageCell, badges, endBadge, facts, rewardBars, rewardCell, segmented } from "../parts.js";
+import { advantageCell, badges, countCell, endBadge, facts, rewardBars, rewardCell, segmented } from "../parts.js";
 import { parseBound, searchRun } from "../search.js";
 
 export class RunView {
@@ -214,7 +214,7 @@ export class RunView {
         "span",
         { class: "badges" },
         [...found].map(([name, n]) =>
-          h("span", { class: `badge badge-${name}`, "data-badge": name, title: BADGES[name][1] }, name === "zero" ? BADGES[name][0] : `${n} ${BADGES[name][0]}`),
+          h("span", { class: `badge badge-${name}`, "data-badge": name, title: BADGES[name][1] }, name === "zero_variance" ? BADGES[name][0] : `${n} ${BADGES[name][0]}`),
         ),
       ),
     );
@@ -230,10 +230,7 @@ export class RunView {
       endBadge(row),
       rewardCell(row.reward),
       advantageCell(row),
-      h("span", { class: "num" }, count(row.turns)),
-      h("span", { class: "num" }, count(row.tool_calls)),
-      h("span", { class: "num" }, count(row.tokens)),
-      h("span", { class: "num" }, count(row.sampled_tokens)),
+      ...[row.turns, row.tool_calls, row.tokens, row.sampled_tokens].map((value) => countCell(value)),
       hit ? h("span", { class: "clip dim", title: oneLine(hit.excerpt) }, `${hit.where}: ${oneLine(hit.excerpt)}`) : badges(row),
     );
   }
