@@ -276,7 +276,7 @@ class Payload:
 def _run_facts(meta: Mapping[str, Any]) -> dict[str, str | int | float]:
     """The scalars of `run.json` that a reader may want to see."""
     facts: dict[str, str | int | float] = {}
-    for name in ("seed", "started", "generation"):
+    for name in ("seed", "generation"):
         value = meta.get(name)
         if isinstance(value, str | int | float):
             facts[name] = value

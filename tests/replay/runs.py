@@ -8,6 +8,7 @@ what the function returns.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -250,8 +251,13 @@ def record_run(folder: Path) -> Recorded:
         await roll(recorder, STEPS[-1], validate=True)
 
     meta = {"seed": 1, "model": "quickstart", "config": {"algorithm": "grpo"}, "tools": []}
-    with JournalWriter(folder, decode=token_bytes(tokenizer), meta=meta) as writer:
-        asyncio.run(everything(Killed(writer, (STEPS[-1], "trouble_3"))))
+    log = logging.getLogger("agentloop.tools.attempt")
+    log.disabled = True  # failures are planted
+    try:
+        with JournalWriter(folder, decode=token_bytes(tokenizer), meta=meta) as writer:
+            asyncio.run(everything(Killed(writer, (STEPS[-1], "trouble_3"))))
+    finally:
+        log.disabled = False
     _write_train_side(recorded)
     return recorded
 
