@@ -189,6 +189,8 @@ def _audit(
             if score is not None and subject.sampled.any():
                 side = compared(subject, _scored(subject, score), "the model's")
                 sides += [side] if side is not None else []
+    if renderer is not None and tools is None:
+        report.skip("prompts against the renderer: the schemas of the tools in them are not known")
     report.add(check_glue(glue))
     report.add(check_step(subjects))
     report.add(check_agreement(sides))
@@ -233,7 +235,7 @@ def _rendered(subject: Subject, renderer: Renderer, tools: Any) -> Iterator[Find
     """Prompt and observations anew, token by token."""
     names = subject.sample.tools
     schemas = [tool for tool in tools or () if names is None or tool.get("function", {}).get("name") in names]
-    if subject.prompt_len:
+    if subject.prompt_len and tools is not None:
         yield from _same(subject, "prompt", 0, subject.prompt_len, renderer.prompt(subject.sample.messages, schemas or None))
     note = subject.loop.get("final_turn_note")
     for turn in subject.turns:

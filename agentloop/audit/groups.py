@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from agentloop.audit.report import Finding
 from agentloop.audit.subject import Subject, first_difference
+from agentloop.audit.texts import CONTROL
 from agentloop.trajectory import StopReason
 
 _MANY_SIBLINGS = 4096
@@ -98,15 +99,16 @@ def _ends_with(whole: NDArray[np.uint32], part: NDArray[np.uint32]) -> bool:
 
 def _beginnings(subjects: Sequence[Subject]) -> Iterator[Finding]:
     """Prompts of one template begin with one token, once."""
-    by_template: dict[str, list[Subject]] = defaultdict(list)
+    by_template: dict[tuple[str, bytes], list[Subject]] = defaultdict(list)
     for subject in subjects:
-        if subject.prompt_len > 1:
-            by_template[subject.template].append(subject)
+        if subject.prompt_len > 3:  # the last two tokens are the opening of the model's turn, which a template has one of
+            by_template[subject.template, _prompt(subject)[-2:].tobytes()].append(subject)
     for members in by_template.values():
         distinct = {_prompt(member).tobytes() for member in members}
         firsts = Counter(int(np.frombuffer(prompt, np.uint32)[0]) for prompt in distinct)
         usual, count = firsts.most_common(1)[0]
-        if count < 3 or count < _USUAL * len(distinct):
+        control = any(m.pieces is not None and CONTROL.fullmatch(m.pieces.text(0, 1)) for m in members if m.ids[0] == usual)
+        if count < 2 or 2 * count <= len(distinct) or (not control and (count < 3 or count < _USUAL * len(distinct))):
             continue
         doubled = {prompt for prompt in distinct if (np.frombuffer(prompt, np.uint32)[:2] == usual).all()}
         for member in members:
