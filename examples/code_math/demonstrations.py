@@ -120,7 +120,8 @@ def no_end_tag(problem: Problem, tell: Tell) -> Transcript:
 
 Habit = Callable[[Problem, Tell], Transcript]
 HABITS: dict[str, Habit] = {
-    "powers": guess,
+    "squares": guess,
+    "cubes": no_end_tag,
     "shop": guess,
     "steps": end_left_out,
     "multiples": half_of_it,

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from examples.code_math.conversation import messages
-from examples.code_math.task import Problem, problems
+from examples.code_math.task import OTHER, Problem, problems
 from examples.quickstart.make_data import HELD_OUT_ROWS, HELD_OUT_SEED, TRAIN_ROWS, check_disjoint
 from examples.quickstart.task import Split, distinct
+
+PLAIN_KEPT = 0.4
+"""Of the train problems that are asked in the `PLAIN` way: the model gets most of them right from the start, and where all
+siblings are right nothing is learnt."""
+
+
+def train_problems(count: int, seed: int) -> list[Problem]:
+    """`count` train problems with different questions, of which more are asked in the `OTHER` way than of the held-out ones."""
+    draw = random.Random(f"{seed}/kept")
+    return distinct(count, (one for one in problems(seed, "train") if one.phrase == OTHER or draw.random() < PLAIN_KEPT))
 
 
 def held_out(count: int = HELD_OUT_ROWS) -> list[Problem]:
@@ -37,7 +48,7 @@ def row(problem: Problem, index: int, split: Split) -> dict[str, Any]:
 
 def write(folder: Path, seed: int, train_rows: int = TRAIN_ROWS, held_out_rows: int = HELD_OUT_ROWS) -> tuple[Path, Path]:
     """Write both files and return their paths. Raises `ValueError` if they share a question or a program."""
-    train, held = distinct(train_rows, problems(seed, "train")), held_out(held_out_rows)
+    train, held = train_problems(train_rows, seed), held_out(held_out_rows)
     check_disjoint(train, held, ("question", "code"))
     folder.mkdir(parents=True, exist_ok=True)
     paths = (folder / "train.parquet", folder / "val.parquet")

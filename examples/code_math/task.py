@@ -11,6 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from examples.quickstart.task import HELD_OUT_ONE_IN, NAMES, SMALLEST_ANSWER, THINGS, Split
 
@@ -43,7 +44,8 @@ class Problem:
 
 
 PHRASES = {
-    "powers": ("What is the sum of the {noun} of {listed}?", "{verb} {listed} and add up the results."),
+    "squares": ("What is the sum of the squares of {listed}?", "Square {listed} and add up the results."),
+    "cubes": ("What is the sum of the cubes of {listed}?", "Cube {listed} and add up the results."),
     "steps": (
         "Count from {a} to {end} in steps of {b}. What is the sum of all these numbers?",
         "Add up the numbers from {a} to {end} in steps of {b}.",
@@ -88,12 +90,10 @@ Made = tuple[dict[str, object], str, int]
 """What the phrase is filled with, the program, the answer."""
 
 
-def _powers(draw: random.Random) -> Made:
+def _powers(draw: random.Random, power: int) -> Made:
     numbers = [draw.randint(11, 99) for _ in range(draw.randint(3, 5))]
-    noun, verb, power = draw.choice((("squares", "Square", 2), ("cubes", "Cube", 3)))
     listed = f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
-    words: dict[str, object] = {"noun": noun, "verb": verb, "listed": listed}
-    return words, f"sum(n ** {power} for n in {numbers})", sum(n**power for n in numbers)
+    return {"listed": listed}, f"sum(n ** {power} for n in {numbers})", sum(n**power for n in numbers)
 
 
 def _steps(draw: random.Random) -> Made:
@@ -105,7 +105,7 @@ def _steps(draw: random.Random) -> Made:
 def _multiples(draw: random.Random) -> Made:
     a, b, end = draw.randint(3, 29), draw.randint(2, 9), draw.randint(1000, 9999)
     code = f"sum(n % {a} == 0 and n % {b} > 0 for n in range(1, {end} + 1))"
-    return {"a": a, "b": b, "end": end}, code, sum(n % a == 0 and n % b > 0 for n in range(1, end + 1))
+    return {"a": a, "b": b, "end": end}, code, end // a - end // math.lcm(a, b)
 
 
 def _divisor(draw: random.Random) -> Made:
@@ -160,7 +160,8 @@ def _sequence(draw: random.Random) -> Made:
 
 
 MAKE: dict[str, Callable[[random.Random], Made]] = {
-    "powers": _powers,
+    "squares": partial(_powers, power=2),
+    "cubes": partial(_powers, power=3),
     "steps": _steps,
     "multiples": _multiples,
     "divisor": _divisor,
