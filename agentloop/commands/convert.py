@@ -31,8 +31,11 @@ def export(
     step: StepOption = None,
     partition: PartitionOption = None,
     incomplete: Annotated[bool, typer.Option("--incomplete", help="trajectories that have not ended too")] = False,
+    steps: Annotated[str | None, typer.Option(metavar="1,4-6", help="html: only these steps")] = None,
+    ids: Annotated[str | None, typer.Option(metavar="ID,ID", help="html: only these trajectories")] = None,
+    max_mb: Annotated[float | None, typer.Option(min=0, help="html: the largest page; default 100")] = None,
 ) -> None:
-    """Write the trajectories for other programs."""
+    """Write the trajectories for other programs, or as a page to look at."""
     path = out or file
     if path is None or (out is not None and file is not None):
         raise ConfigError(f"agentloop export: say once where to write: agentloop export {run} --to {to or 'verl'} --out PATH")
@@ -43,13 +46,20 @@ def export(
         to = _BY_SUFFIX[path.suffix]
     if to not in formats:
         raise ConfigError(f"--to: no export format '{to}'; {nearest(to, formats)}")
+    for name, value in (("--steps", steps), ("--ids", ids), ("--max-mb", max_mb)):
+        if value is not None and to != "html":
+            raise ConfigError(f"agentloop export: {name} goes with --to html; for {to} there are --step and --partition")
     opened, rows = rows_of(run, step, partition)
     damaged: list[str] = []
     if to == "html":
-        from agentloop.replay.html import Page
+        from agentloop.commands.view import parse_ids, parse_steps
+        from agentloop.replay.html import MAX_FILE_MB, Page
+        from agentloop.replay.runs import chosen_rows
 
+        wanted = parse_steps(steps) if steps is not None else step
+        rows = chosen_rows(opened, partition=partition, steps=wanted, ids=parse_ids(ids))
         chosen = [row for row in rows if row.complete or incomplete]
-        Page(opened, chosen).save(path)
+        Page(opened, chosen, max_mb=MAX_FILE_MB if max_mb is None else max_mb).save(path)
         count = len(chosen)
     else:
         count, damaged = export_run(opened, path, to, partition=partition, step=step, incomplete=incomplete)

@@ -20,6 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from agentloop import replay
+from agentloop.commands import convert
 from agentloop.commands import view as view_command
 from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter, Run
@@ -258,8 +259,12 @@ def test_a_taken_port_is_one_sentence(server: ReplayServer, recorded: Recorded) 
 
 
 def command(*arguments: str) -> Any:
+    return run_command(view_command.view, *arguments)
+
+
+def run_command(function: Any, *arguments: str) -> Any:
     app = typer.Typer()
-    app.command("view")(view_command.view)
+    app.command()(function)
     return CliRunner().invoke(app, list(arguments))
 
 
@@ -275,3 +280,17 @@ def command(*arguments: str) -> Any:
 def test_view_says_what_is_wrong_before_it_serves(recorded: Recorded, arguments: list[str], sentence: str) -> None:
     error = command(str(recorded.path), "--no-browser", *arguments).exception
     assert isinstance(error, ConfigError) and sentence in str(error)
+
+
+@needs_build
+def test_export_writes_a_page(recorded: Recorded, tmp_path: Path) -> None:
+    def export(*arguments: str) -> Any:
+        return run_command(convert.export, str(recorded.path), str(tmp_path / "x.html"), "--to", "html", *arguments)
+
+    assert "2 trajectories written" in export("--steps", "1,3", "--ids", "even_0", "--partition", "train").output
+    page = Blocks((tmp_path / "x.html").read_text("utf-8"))
+    assert set(page.blocks) == {"overview", "sample:train/1/even_0", "sample:train/3/even_0"}
+    assert "limit is 0.01 MB" in str(export("--max-mb", "0.01").exception)
+    assert "no trajectories of step 7" in str(export("--steps", "1,7").exception)
+    error = run_command(convert.export, str(recorded.path), str(tmp_path / "x.jsonl"), "--ids", "even_0").exception
+    assert isinstance(error, ConfigError) and "--ids goes with --to html" in str(error)
