@@ -15,7 +15,7 @@ from agentloop.journal.format import PARTITIONS, JournalError
 from agentloop.journal.reader import Run, run_names
 from agentloop.journal.recorded import Row
 from agentloop.journal.show import show_trajectory, table
-from agentloop.journal.stats import step_stats, summarise
+from agentloop.journal.stats import end_of, step_stats, summarise
 
 RUNS = Path("runs")
 """Where runs lie unless told otherwise."""
@@ -50,9 +50,9 @@ def ls(
                 found.incomplete,
                 _number(found.mean_reward),
                 _number(found.mean_turns, 2),
-                found.tokens,
-                found.tool_calls,
-                found.tool_failures.total(),
+                _or_dash(found.known("tokens", found.tokens)),
+                _or_dash(found.known("tool_calls", found.tool_calls)),
+                _or_dash(found.known("tool_status", found.tool_failures.total())),
                 _counts(found.end_reasons),
             ]
             for found in summarise(rows)
@@ -136,7 +136,7 @@ def stats(
         console,
         ["partition", "step", "tool", "calls", "failed", "p50/p95 s"],
         [
-            [item["partition"], item["step"], name, tool["calls"], tool["failures"], _pair(tool)]
+            [item["partition"], item["step"], name, tool["calls"], _or_dash(tool["failures"]), _pair(tool)]
             for item in found
             for name, tool in item["tools"].items()
         ],
@@ -151,10 +151,11 @@ def _list_runs(console: Console) -> None:
     lines = []
     for name in names:
         run = Run(RUNS / name)
-        rows = list(run.trajectories("train"))
+        rows = list(run.trajectories("train")) or list(run.trajectories())
         last = max((row.step for row in rows), default=None)
         final = summarise(row for row in rows if row.step == last)
-        when = datetime.datetime.fromtimestamp(max(row.t for row in rows)).strftime("%Y-%m-%d %H:%M") if rows else "-"
+        started = [row.t for row in rows if "t" not in row.missing]
+        when = datetime.datetime.fromtimestamp(max(started)).strftime("%Y-%m-%d %H:%M") if started else "-"
         reward = _number(final[0].mean_reward) if final else "-"
         lines.append([name, "-" if last is None else last, len(rows), reward, when])
     table(console, ["run", "last step", "trajectories", "reward then", "last start"], lines)
@@ -170,12 +171,12 @@ def _list_trajectories(console: Console, rows: list[Row]) -> None:
                 row.id,
                 _number(row.reward),
                 _end(row),
-                row.turns,
-                row.tokens,
-                row.sampled_tokens,
-                row.tool_calls,
+                _known(row, "turns", row.turns),
+                _known(row, "tokens", row.tokens),
+                _known(row, "tokens", row.sampled_tokens),
+                _known(row, "tool_calls", row.tool_calls),
                 _counts(row.tool_failures),
-                _number(row.total_s, 2) if row.complete else "-",
+                _known(row, "total_s", _number(row.total_s, 2)) if row.complete else "-",
                 " ".join((["masked"] if row.masked else []) + ([row.error] if row.error else [])),
             ]
             for row in rows
@@ -213,7 +214,16 @@ def _named(run: Run, rows: list[Row], key: str) -> Row:
 
 
 def _end(row: Row) -> str:
-    return (row.end_reason or "error") if row.complete else "incomplete"
+    return end_of(row) if row.complete else "incomplete"
+
+
+def _known(row: Row, name: str, value: object) -> object:
+    """A dash for what an imported trajectory's source did not record."""
+    return "-" if name in row.missing else value
+
+
+def _or_dash(value: object) -> object:
+    return "-" if value is None else value
 
 
 def _counts(counts: object) -> str:

@@ -1,9 +1,9 @@
 """verl's rollout dumps: `trainer.rollout_data_dir` and `trainer.validation_data_dir`, a file `{step}.jsonl` for each step.
 
-Source: `_write_generations` in verl 0.9.1, `trainer/ppo/ray_trainer.py` and `trainer/ppo/v1/trainer_base.py`. A line has `input`
-and `output` (decoded without special tokens), `gts`, `score`, `step`, and a key for everything that the reward function returned.
-The V1 trainer adds `uid`, its key `{uid}_{rollout}_{output}`; the older one `request_id` where there is one. That is all: no
-tokens, no turns, no tool calls, no times.
+Source: `_write_generations` in verl 0.9.1, `trainer/ppo/ray_trainer.py` and `trainer/ppo/v1/trainer_base.py`. A line has
+`input` and `output` (decoded without special tokens), `gts`, `score`, `step`, and a key for everything that the reward function
+returned. The V1 trainer adds `uid`, its key `{uid}_{rollout}_{output}`; the older one `request_id` where there is one. That is
+all: no tokens, no turns, no tool calls, no times.
 """
 
 from __future__ import annotations

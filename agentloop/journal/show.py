@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -12,9 +12,25 @@ from rich.console import Console
 from rich.text import Text
 
 from agentloop.journal.recorded import ORIGINS, RecordedTrajectory
+from agentloop.journal.stats import NOT_RECORDED, end_of
 from agentloop.trajectory import MIXED, CallRecord, CallStatus, Origin, Turn
 
 STYLES = {Origin.PROMPT: "blue", Origin.SAMPLED: "green", Origin.OBSERVATION: "yellow", Origin.TEMPLATE: "magenta"}
+_COUNTED = ("turns", "tokens", "tool_calls")
+_SAID = {
+    "t": "when",
+    "end_reason": "why it ended",
+    "turns": "turns",
+    "tokens": "tokens",
+    "tool_calls": "tool calls",
+    "tool_status": "whether calls failed",
+    "tool_s": "seconds of calls",
+    "generate_s": "seconds of turns",
+    "stop_reason": "stop reasons",
+    "log_probs": "log-probabilities",
+    "weight_version": "weight versions",
+    "total_s": "seconds in all",
+}
 _JOINERS = "\u200c\u200d"
 """Invisible, harmless, and what emoji are put together with."""
 
@@ -49,11 +65,11 @@ def show_trajectory(console: Console, recorded: RecordedTrajectory, *, tokens: b
     """Print one conversation; `damage` is a sentence on why its tokens could not be read."""
     row = recorded.row
     _line(console, f"{row.id}  {row.partition} step {row.step}  writer {row.writer}  generation {row.generation}", "bold")
-    _line(
-        console,
-        f"{row.turns} turns, {row.tokens} tokens ({row.prompt_tokens} prompt, {row.sampled_tokens} sampled), "
-        f"{row.tool_calls} tool calls",
-    )
+    counts = [f"{row.turns} turns", f"{row.tokens} tokens ({row.prompt_tokens} prompt, {row.sampled_tokens} sampled)"]
+    counts.append(f"{row.tool_calls} tool calls")
+    _line(console, ", ".join(part for part, name in zip(counts, _COUNTED, strict=True) if name not in row.missing))
+    if row.missing:
+        _line(console, f"imported; not recorded: {', '.join(_SAID[name] for name in row.missing if name in _SAID)}", "dim")
     if damage is not None:
         _line(console, f"damaged: {damage}", "bold red")
     if tokens and recorded.columns is not None:
@@ -66,7 +82,7 @@ def show_trajectory(console: Console, recorded: RecordedTrajectory, *, tokens: b
             _block(console, _content(message), "blue")
         for turn, text in zip(recorded.turns, recorded.texts, strict=True):
             console.print()
-            _turn(console, turn, text)
+            _turn(console, turn, text, row.missing)
     console.print()
     _end(console, recorded)
 
@@ -76,8 +92,16 @@ def _version(turn: Turn, version: int | str | None, tokens: int) -> str:
     return name if tokens == turn.end - turn.start else f"{name} ({tokens} tokens)"
 
 
-def _turn(console: Console, turn: Turn, text: str | None) -> None:
-    parts = [f"turn {turn.index}", turn.stop_reason.value, f"{turn.end - turn.start} tokens", f"{turn.generate_s:.3f} s"]
+def _turn(console: Console, turn: Turn, text: str | None, missing: Collection[str]) -> None:
+    facts = {
+        "stop_reason": turn.stop_reason.value,
+        "tokens": f"{turn.end - turn.start} tokens",
+        "generate_s": f"{turn.generate_s:.3f} s",
+    }
+    parts = [
+        "output" if "turns" in missing else f"turn {turn.index}",
+        *(fact for name, fact in facts.items() if name not in missing),
+    ]
     if turn.weight_version is not None:
         parts.append("weights " + ", ".join(_version(turn, version, count) for version, count in turn.versions))
     if turn.cached_tokens:
@@ -85,16 +109,21 @@ def _turn(console: Console, turn: Turn, text: str | None) -> None:
     if turn.closed_by_template:
         parts.append("cut, closed by the template")
     _line(console, "  ".join(parts), "bold green")
-    _block(console, "(no text: the journal was written without a tokenizer)" if text is None else text, "green")
+    _block(
+        console, "(no text: it is damaged, or the journal was written without a tokenizer)" if text is None else text, "green"
+    )
     for sentence in turn.parse_errors:
         _line(console, f"  malformed call: {sentence}", "red")
     for record in turn.calls:
-        _call(console, record)
+        _call(console, record, missing)
 
 
-def _call(console: Console, record: CallRecord) -> None:
-    parts = [f"  {record.call.name}({_json(record.call.arguments)})", record.status.value]
-    parts.append(f"{record.run_s:.3f} s")
+def _call(console: Console, record: CallRecord, missing: Collection[str]) -> None:
+    parts = [f"  {record.call.name}({_json(record.call.arguments)})"]
+    if "tool_status" not in missing or record.status is not CallStatus.OK:
+        parts.append(record.status.value)
+    if "tool_s" not in missing:
+        parts.append(f"{record.run_s:.3f} s")
     if record.queue_s:
         parts.append(f"queued {record.queue_s:.3f} s")
     if record.attempts > 1:
@@ -113,8 +142,10 @@ def _end(console: Console, recorded: RecordedTrajectory) -> None:
         _line(console, "incomplete: it is still running, or its writer was killed", "bold red")
         return
     finished = row.end_reason == "final_answer"
-    parts = [f"end: {row.end_reason or 'error'}", f"{row.total_s:.3f} s"] + (["masked: not trained"] if row.masked else [])
-    _line(console, "  ".join(parts), "bold green" if finished else "bold red")
+    parts = [f"end: {end_of(row)}"] + ([] if "total_s" in row.missing else [f"{row.total_s:.3f} s"])
+    parts += ["masked: not trained"] if row.masked else []
+    unknown = end_of(row) == NOT_RECORDED
+    _line(console, "  ".join(parts), "bold green" if finished else "bold" if unknown else "bold red")
     if row.error:
         _line(console, f"  {row.error}", "red")
     if recorded.reward is None:

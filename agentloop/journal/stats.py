@@ -13,10 +13,14 @@ from agentloop.journal.reader import Run
 from agentloop.journal.recorded import Row
 from agentloop.trajectory import CallStatus
 
+NOT_RECORDED = "not recorded"
+
 
 @dataclass
 class StepSummary:
-    """What the rows of one step add up to. Means are over complete trajectories; `None` where there is nothing to average."""
+    """What the rows of one step add up to. Means are over complete trajectories; `None` where there is nothing to average.
+
+    Imported trajectories count only in what their source recorded; see `known`."""
 
     place: Place
     trajectories: int = 0
@@ -29,9 +33,12 @@ class StepSummary:
     end_reasons: Counter[str] = field(default_factory=Counter)
     rewards: list[float] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+    missing: Counter[str] = field(default_factory=Counter)
+    """By name of `recorded.MISSING`, how many trajectories lack it."""
 
     def add(self, row: Row) -> None:
         self.trajectories += 1
+        self.missing.update(row.missing)
         self.tokens += row.tokens
         self.sampled_tokens += row.sampled_tokens
         self.tool_calls += row.tool_calls
@@ -40,10 +47,15 @@ class StepSummary:
         if not row.complete:
             self.incomplete += 1
             return
-        self.turns.append(row.turns)
-        self.end_reasons[row.end_reason or "error"] += 1
+        if "turns" not in row.missing:
+            self.turns.append(row.turns)
+        self.end_reasons[end_of(row)] += 1
         if row.reward is not None:
             self.rewards.append(row.reward)
+
+    def known(self, name: str, value: Any) -> Any:
+        """`value`, or `None` if no trajectory of the step has what is `name` in `recorded.MISSING`."""
+        return None if self.missing[name] == self.trajectories else value
 
     @property
     def mean_reward(self) -> float | None:
@@ -52,6 +64,11 @@ class StepSummary:
     @property
     def mean_turns(self) -> float | None:
         return mean(self.turns)
+
+
+def end_of(row: Row) -> str:
+    """How a complete trajectory ended, in a word or two."""
+    return row.end_reason or (NOT_RECORDED if "end_reason" in row.missing and not row.error else "error")
 
 
 def summarise(rows: Iterable[Row]) -> list[StepSummary]:
@@ -69,34 +86,43 @@ def step_stats(run: Run, summary: StepSummary) -> dict[str, Any]:
     total: list[float] = []
     tools: dict[str, list[float]] = {}
     failures: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    known = summary.known
     for row in run.trajectories(*summary.place):
         recorded = run.load(row, tokens=False)
-        if row.complete:
+        if row.complete and "total_s" not in row.missing:
             total.append(row.total_s)
         for turn in recorded.turns:
-            generate.append(turn.generate_s)
+            if "generate_s" not in row.missing:
+                generate.append(turn.generate_s)
             for record in turn.calls:
-                tools.setdefault(record.call.name, []).append(record.queue_s + record.run_s)
+                calls[record.call.name] += 1
+                times = tools.setdefault(record.call.name, [])
+                if "tool_s" not in row.missing:
+                    times.append(record.queue_s + record.run_s)
                 failures[record.call.name] += record.status is not CallStatus.OK
     return {
         "partition": summary.place.partition,
         "step": summary.place.step,
         "trajectories": summary.trajectories,
         "incomplete": summary.incomplete,
-        "masked": summary.masked,
+        "masked": known("masked", summary.masked),
         "reward": {
             "mean": summary.mean_reward,
             "min": min(summary.rewards, default=None),
             "max": max(summary.rewards, default=None),
         },
         "mean_turns": summary.mean_turns,
-        "tokens": summary.tokens,
-        "sampled_tokens": summary.sampled_tokens,
+        "tokens": known("tokens", summary.tokens),
+        "sampled_tokens": known("tokens", summary.sampled_tokens),
         "end_reasons": dict(summary.end_reasons),
-        "tool_calls": summary.tool_calls,
-        "tool_failures": dict(summary.tool_failures),
+        "tool_calls": known("tool_calls", summary.tool_calls),
+        "tool_failures": known("tool_status", dict(summary.tool_failures)),
         "latency_s": {"generate": quantiles(generate), "trajectory": quantiles(total)},
-        "tools": {name: {"calls": len(s), "failures": failures[name], **quantiles(s)} for name, s in sorted(tools.items())},
+        "tools": {
+            name: {"calls": calls[name], "failures": known("tool_status", failures[name]), **quantiles(s)}
+            for name, s in sorted(tools.items())
+        },
     }
 
 
