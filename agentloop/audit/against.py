@@ -246,17 +246,21 @@ def _over_response(batch: Batch, row: int, subject: Subject, n: int, paired: Seq
     sampled = subject.sampled[start : start + n]
     mask = batch.tensors.get("response_mask")
     if mask is not None:
-        own = mask[row, :n] > 0
-        wrong = own & ~sampled if "rollout_is_weights" in batch.tensors else own != sampled
+        own = mask[row] > 0
+        expected = np.concatenate([sampled, np.zeros(room - n, bool)])
+        wrong = own & ~expected if "rollout_is_weights" in batch.tensors else own != expected
+        own = own[:n]
         if wrong.any():
             at = int(wrong.argmax())
-            origin = subject.finding("", "", start + at)
-            kind = "prompt" if origin.turn == -1 else _origin(subject, start + at)
-            message = f"a token of the {kind} is trained" if own[at] else "a sampled token is not trained"
+            message = "padding is trained"
+            if at < n:
+                message = (
+                    f"a token of the {_origin(subject, start + at)} is trained" if own[at] else "a sampled token is not trained"
+                )
             for by in (1, -1):
                 if np.array_equal(own[max(by, 0) : n + min(by, 0)], sampled[max(-by, 0) : n + min(-by, 0)]):
                     message += f": the mask is shifted by {by}"
-            yield _finding(batch, row, subject, "mask", "response_mask", message, start + at, at, str(int(sampled[at])))
+            yield _finding(batch, row, subject, "mask", "response_mask", message, start + at, at, str(int(expected[at])))
     values = batch.tensors.get("rollout_log_probs")
     if values is not None and not np.isnan(subject.log_probs[subject.sampled]).any():
         expected = np.where(subject.sampled, subject.log_probs, 0.0)[start : start + n]

@@ -142,7 +142,7 @@ def audit_batch(
             "token_level_scores",
         }
         told = {row for row, subject in enumerate(paired) if subject is not None}
-        kept = [f for f in alone if f.row not in told or f.column not in compared_columns]
+        kept = [f for f in alone if f.row not in told or f.column not in compared_columns or f.invariant == "group"]
         report.add(found)
         report.add(f for f in kept if (f.row, f.column) not in seen)
     if "advantages" not in own.tensors:
@@ -342,9 +342,7 @@ def _train_side(report: Report, run: Run, step: int, subjects: Sequence[Subject]
             sides += [found] if found is not None else []
     if not rows:
         if subjects:
-            report.skip(
-                "log-probabilities against the trainer's, and advantages: it recorded none (agentloop.train_side=true)"
-            )
+            report.skip("log-probabilities against the trainer's, and advantages: it recorded none (agentloop.train_side=true)")
         return
     report.add(check_agreement(sides))
     report.add(_advantages(rows, estimator))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from agentloop.audit.padded import NEEDED, OVER_RESPONSE, Batch
 from agentloop.audit.report import Finding
 from agentloop.errors import ConfigError, nearest
 
+_ZIP = b"PK\x03\x04"
 KINDS = (".pkl", ".pickle", ".pt", ".pth", ".npz")
 
 
@@ -162,7 +162,9 @@ def read_batch(path: str | Path, *, pad_token_id: int | None = None) -> Batch:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=True) as file:
                 return to_batch({name: file[name] for name in file.files}, where=str(path), pad_token_id=pad_token_id)
-        if zipfile.is_zipfile(path):  # torch.save
+        with path.open("rb") as stream:
+            begins = stream.read(4)
+        if begins == _ZIP:  # torch.save
             import torch
 
             loaded = torch.load(path, map_location="cpu", weights_only=False)

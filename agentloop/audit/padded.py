@@ -34,6 +34,9 @@ OVER_RESPONSE = (
 FILLER = "-masked-"
 """What `agentloop.batch.group_uid` puts into the uid of a masked row."""
 _EPSILON = 1e-6
+_ENOUGH = 16
+"""Log-probabilities from which it can be told whether a model comes near 0."""
+_NEAR_ZERO = -1e-4
 
 
 @dataclass
@@ -246,7 +249,6 @@ def _mask(batch: Batch) -> Iterator[Finding]:
     log_probs = batch.tensors.get("rollout_log_probs")
     fillers = batch.fillers
     finished = _column(batch, "end_reason", "final_answer")
-    thinned = "rollout_is_weights" in batch.tensors  # verl's rejection sampling takes tokens out
     for row in range(len(batch)):
         odd = np.flatnonzero(~np.isin(mask[row], (0, 1)))
         if len(odd):
@@ -254,39 +256,42 @@ def _mask(batch: Batch) -> Iterator[Finding]:
                 "mask", row, "response_mask", f"the mask is {mask[row, odd[0]]}", int(odd[0]), expected="0 or 1"
             )
             continue
-        outside = np.flatnonzero(batch.mask[row] & ~valid[row])
-        if len(outside):
-            yield batch.finding("mask", row, "response_mask", "padding is trained", int(outside[0]), expected="0")
-            continue
         blank = log_probs is None or log_probs[row, 0] == 0
         if batch.response_lens[row] == 1 and batch.responses[row, 0] == batch.padding and batch.mask[row, 0] and blank:
             message = "a response of one padding token, as of a masked trajectory, is trained"
             yield batch.finding("masked", row, "response_mask", message, 0, expected="0")
-            continue
-        if fillers[row]:
+        elif fillers[row]:
             trained = np.flatnonzero(batch.mask[row])
             if len(trained):
                 message = "the row of a masked trajectory is trained"
                 yield batch.finding("masked", row, "response_mask", message, int(trained[0]), expected="0")
-            continue
-        if not valid[row].any() or not batch.mask[row].any() or thinned:
-            continue
-        if not batch.mask[row, 0]:
-            message = "the response's first token, which the model sampled, is not trained"
-            yield batch.finding("mask", row, "response_mask", message, 0, expected="1")
-            continue
+        elif (wrong := _wrongly_masked(batch, row, valid[row], log_probs, bool(finished[row]))) is not None:
+            place, message = wrong
+            expected = str(int(not batch.mask[row, place]))
+            yield batch.finding("mask", row, "response_mask", message, place, expected=expected)
+
+
+def _wrongly_masked(
+    batch: Batch, row: int, valid: NDArray[np.bool_], log_probs: NDArray[Any] | None, finished: bool
+) -> tuple[int, str] | None:
+    """The first place where a row's mask cannot be right, and why."""
+    mask = batch.mask[row]
+    found: list[tuple[int, str]] = []
+    outside = np.flatnonzero(mask & ~valid)
+    if len(outside):
+        found.append((int(outside[0]), "padding is trained"))
+    if valid.any() and mask.any() and "rollout_is_weights" not in batch.tensors:  # verl's rejection takes tokens out
+        if not mask[0]:
+            found.append((0, "the response's first token, which the model sampled, is not trained"))
         last = int(batch.response_lens[row]) - 1
-        if finished[row] and not batch.mask[row, last]:
-            message = "it ended with the model's answer, whose last token is not trained"
-            yield batch.finding("mask", row, "response_mask", message, last, expected="1")
-            continue
+        if finished and not mask[last]:
+            found.append((last, "it ended with the model's answer, whose last token is not trained"))
         if log_probs is not None and (log_probs[row] != 0).any():
-            told = np.flatnonzero((log_probs[row] != 0) & ~batch.mask[row])
-            missing = np.flatnonzero((log_probs[row] == 0) & batch.mask[row])
-            if len(told) and len(missing):  # one array is off, and log-probabilities come with their tokens
-                at = int(min(told[0], missing[0]))
+            told, missing = np.flatnonzero((log_probs[row] != 0) & ~mask), np.flatnonzero((log_probs[row] == 0) & mask)
+            if len(told) and len(missing):  # log-probabilities come with their tokens
                 message = "the mask and the log-probabilities are of other tokens: one of them is shifted"
-                yield batch.finding("mask", row, "response_mask", message, at, expected=str(int(not batch.mask[row, at])))
+                found.append((int(min(told[0], missing[0])), message))
+    return min(found, default=None)
 
 
 def _column(batch: Batch, name: str, value: Any) -> NDArray[np.bool_]:
@@ -309,17 +314,19 @@ def _log_probs(batch: Batch) -> Iterator[Finding]:
     if values is None or "rollout_is_weights" in batch.tensors:
         return
     stray = (values != 0) & ~batch.mask
-    for row in np.flatnonzero(stray.any(axis=1)).tolist():
-        message = "a token that is not trained has a log-probability"
-        yield batch.finding("log_probs", row, "rollout_log_probs", message, int(stray[row].argmax()), expected="0")
     blank = (values == 0) & ~np.signbit(values) & batch.mask
     others = values[(values != 0) & batch.mask]
-    if len(others) < max(16, 3 * int(blank.sum())) or (others > -1e-4).any():
-        return
-    for row in np.flatnonzero(blank.any(axis=1)).tolist():
-        at = int(blank[row].argmax())
-        run = int((~blank[row, at:]).argmax()) if not blank[row, at:].all() else len(blank[row]) - at
-        if run > 1 and at and batch.mask[row, at - 1] and batch.mask[row, min(at + run, len(blank[row]) - 1)]:
+    if len(others) < max(_ENOUGH, 3 * int(blank.sum())) or (others > _NEAR_ZERO).any():
+        blank[~stray.any(axis=1)] = False  # a model that is sure gives 0 too
+    for row in np.flatnonzero((stray | blank).any(axis=1)).tolist():
+        at = int((stray | blank)[row].argmax())
+        if stray[row, at]:
+            message = "a token that is not trained has a log-probability"
+            yield batch.finding("log_probs", row, "rollout_log_probs", message, at, expected="0")
+            continue
+        after = np.flatnonzero(~blank[row, at:])
+        run = int(after[0]) if len(after) else len(blank[row]) - at
+        if run > 1 and at and batch.mask[row, at - 1] and at + run < len(blank[row]) and batch.mask[row, at + run]:
             message = f"{run} tokens in the midst of what the model sampled have no log-probability: they were not sampled"
             yield batch.finding("mask", row, "response_mask", message, at, expected="0")
             continue

@@ -266,7 +266,9 @@ def cut_but_said_stop() -> Planted:
 
 
 def cut_but_counts_as_finished() -> Planted:
-    return with_victim(lambda t: changed_turn(t, -1, stop_reason=StopReason.LENGTH, max_tokens=None), "end_of_turn", end(-1, -1))
+    return with_victim(
+        lambda t: changed_turn(t, -1, stop_reason=StopReason.LENGTH, max_tokens=None), "end_of_turn", end(-1, -1)
+    )
 
 
 def forced_token_marked_sampled() -> Planted:
@@ -387,7 +389,12 @@ def opening_drifts_by_a_line_end() -> Planted:
             if piece[0] is Origin.TEMPLATE and following is not None and following.origin is Origin.SAMPLED:
                 piece = (piece[0], [*piece[1], *newline], piece[2], None)
                 turns = [
-                    replace(turn, start=turn.start + (turn.index > piece[2]), end=turn.end + (turn.index > piece[2]), prompt_crc=None)
+                    replace(
+                        turn,
+                        start=turn.start + (turn.index > piece[2]),
+                        end=turn.end + (turn.index > piece[2]),
+                        prompt_crc=None,
+                    )
                     for turn in turns
                 ]
             pieces.append(piece)
