@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter, process_time
 from typing import Any
 
@@ -25,6 +25,10 @@ class Meter:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     """Of this process, the model's own processes not among it."""
+    most: int = 0
+    """Requests at once."""
+    token_ms: list[float] = field(default_factory=list)
+    """For each answer its milliseconds a token, waiting and prefill included."""
     _in_flight: int = 0
     _since: float = 0.0
     _began: float = 0.0
@@ -51,6 +55,7 @@ class Meter:
         if not self._in_flight:
             self.idle_s += perf_counter() - self._since
         self._in_flight += 1
+        self.most = max(self.most, self._in_flight)
         self.requests += 1
         self.input_tokens += tokens
         try:
@@ -60,9 +65,10 @@ class Meter:
             if not self._in_flight:
                 self._since = perf_counter()
 
-    def answered(self, sampled: int, cached: int) -> None:
+    def answered(self, sampled: int, cached: int, seconds: float) -> None:
         self.sampled_tokens += sampled
         self.cached_tokens += cached
+        self.token_ms.append(1000 * seconds / max(1, sampled))
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -74,7 +80,14 @@ class Meter:
             "cached_tokens": self.cached_tokens,
             "engine_idle_share": round(self.idle_s / self.wall_s, 4),
             "engine_process_cpu_s": round(self.cpu_s, 3),
+            "most_requests_at_once": self.most,
+            "ms_a_token": {"p50": quantile(self.token_ms, 0.5), "p90": quantile(self.token_ms, 0.9)},
         }
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    ordered = sorted(values)
+    return round(ordered[int(share * (len(ordered) - 1))], 2) if ordered else None
 
 
 class MeteredEngine(Engine):
@@ -85,10 +98,10 @@ class MeteredEngine(Engine):
         self.meter = Meter()
 
     async def generate(self, ids: Sequence[int], sampling: Sampling, *, trajectory_id: str) -> Generation:
-        meter = self.meter
+        meter, began = self.meter, perf_counter()
         with meter.request(len(ids)):
             answer = await self.engine.generate(ids, sampling, trajectory_id=trajectory_id)
-        meter.answered(len(answer.ids), answer.cached_tokens)
+        meter.answered(len(answer.ids), answer.cached_tokens, perf_counter() - began)
         return answer
 
     async def release(self, trajectory_id: str) -> None:

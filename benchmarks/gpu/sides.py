@@ -73,9 +73,10 @@ async def bare_loop(engine: MeteredEngine, recorded: Sequence[Requests], salt: i
     async def converse(number: int, requests: Requests) -> None:
         ids, name = list(requests.prompt), f"raw-{salt}-{number}"
         for tokens, delay, after in requests.turns:
+            began = perf_counter()
             with meter.request(len(ids)):
                 sampled, values, cached = await ask(ids, tokens, name)
-            meter.answered(len(sampled), cached)
+            meter.answered(len(sampled), cached, perf_counter() - began)
             log_probs.append(values)
             if delay:
                 await asyncio.sleep(delay)

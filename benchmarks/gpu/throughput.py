@@ -54,6 +54,7 @@ SETTINGS: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
     "disable_piecewise_cuda_graph": True,
+    "cuda_graph_max_bs": 384,
     "log_level": "warning",
 }
 PARTS = ("raw", "verl", "cache", "tail", "burst")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import sys
@@ -73,7 +74,9 @@ def start(kind: str, folder: Path, mode: str = "abort") -> Engine:
         return LocalEngine.load(str(folder), stop_token_ids=(), max_len=2048, threads=1)
     from agentloop.engines.sglang import SGLangEngine
 
-    settings = {**SETTINGS, "load_format": "auto"}
+    # Retracted requests are computed again with the logits of every token: 4.6 GiB in one piece at this vocabulary.
+    os.environ.setdefault("SGLANG_ENABLE_LOGITS_PROCESSER_CHUNK", "1")
+    settings = {**SETTINGS, "load_format": "auto", "mem_fraction_static": 0.55}
     return SGLangEngine.load(str(folder), settings=settings, ignore_eos=True, update_mode=mode)
 
 

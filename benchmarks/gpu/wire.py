@@ -68,14 +68,22 @@ class RemoteEngine(Engine):
         self._number += 1
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._asked[self._number] = future
-        self._line.say("ask", self._number, array("I", ids), sampling.max_tokens, sampling.temperature, trajectory_id)
-        return await future
+        number = self._number
+        self._line.say("ask", number, array("I", ids), sampling.max_tokens, sampling.temperature, trajectory_id)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._asked.pop(number, None)
+            self._line.say("cancel", number)
+            raise
 
     async def release(self, trajectory_id: str) -> None:
         self._line.say("release", trajectory_id)
 
     def answered(self, number: int, ids: array[int], log_probs: array[float], cached: int, error: str | None) -> None:
-        future = self._asked.pop(number)
+        future = self._asked.pop(number, None)
+        if future is None or future.done():  # cancelled while the answer was on its way
+            return
         if error is not None:
             future.set_exception(EngineError(error))
         else:
@@ -90,6 +98,7 @@ class Worker:
         self._line, self._engine = line, engine
         self._done: asyncio.Future[dict[str, Any]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asked: dict[int, asyncio.Task[None]] = {}
 
     async def run(self, work: dict[str, Any]) -> dict[str, Any]:
         """Hand work over and wait for its result. Raises `AgentloopError` with what went wrong there."""
@@ -105,10 +114,18 @@ class Worker:
             if self._done is not None and not self._done.done():
                 self._done.set_result({"error": "the process ended"} if message is None else message[1])
             return
+        if message[0] == "cancel":
+            if (asked := self._asked.get(message[1])) is not None:
+                asked.cancel()
+            return
         answering = self._answer(*message[1:]) if message[0] == "ask" else self._engine.release(message[1])
         task = asyncio.create_task(answering)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if message[0] == "ask":
+            number = message[1]
+            self._asked[number] = task
+            task.add_done_callback(lambda _: self._asked.pop(number, None))
 
     async def _answer(self, number: int, ids: array[int], tokens: int, temperature: float, trajectory_id: str) -> None:
         asked = Sampling(tokens, temperature=temperature)
