@@ -43,7 +43,7 @@ def atif_document(recorded: RecordedTrajectory, meta: Mapping[str, Any], session
             "name": "agentloop",
             "version": str((meta.get("packages") or {}).get("agentloop", __version__)),
             "model_name": model if isinstance(model, str) else None,
-            "tool_definitions": tools or None,
+            "tool_definitions": [_Data(tool) for tool in tools] or None,
         },
         "steps": steps,
         "final_metrics": {
@@ -63,9 +63,9 @@ def atif_document(recorded: RecordedTrajectory, meta: Mapping[str, Any], session
             "end_reason": row.end_reason,
             "error": row.error,
             "masked": _known(row.masked, "masked", missing),
-            "ground_truth": recorded.sample.ground_truth,
-            "reward_components": dict(row.components),
-            "reward_info": {} if reward is None else reward.info,
+            "ground_truth": _Data(recorded.sample.ground_truth),
+            "reward_components": _Data(row.components),
+            "reward_info": _Data({} if reward is None else reward.info),
             "reward_by_turn": None if reward is None or not reward.turns else list(reward.turns),
             "not_recorded": sorted(missing) or None,
         },
@@ -153,8 +153,8 @@ def _call(record: CallRecord) -> dict[str, Any]:
     arguments: Any = record.call.arguments
     call = {"tool_call_id": record.call.id, "function_name": record.call.name}
     if isinstance(arguments, dict):
-        return call | {"arguments": arguments}
-    return call | {"arguments": {}, "extra": {"arguments": arguments}}
+        return call | {"arguments": _Data(arguments)}
+    return call | {"arguments": {}, "extra": {"arguments": _Data(arguments)}}
 
 
 def _result(record: CallRecord, missing: set[str]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _result(record: CallRecord, missing: set[str]) -> dict[str, Any]:
         "queue_s": _known(record.queue_s, "tool_s", missing),
         "attempts": record.attempts if "tool_status" not in missing else None,
         "reward": record.reward or None,
-        "metrics": record.metrics or None,
+        "metrics": _Data(record.metrics) if record.metrics else None,
         "cut_tokens": record.cut_tokens or None,
     }
     return {"source_call_id": record.call.id, "content": record.text, "extra": extra}
@@ -177,8 +177,8 @@ def _written_call(call: Any, place: int) -> dict[str, Any]:
     key = (call.get("id") if isinstance(call, dict) else None) or f"call_{place}"
     found = {"tool_call_id": str(key), "function_name": str(function.get("name", ""))}
     if isinstance(arguments, dict):
-        return found | {"arguments": arguments}
-    return found | {"arguments": {}, "extra": {"arguments": arguments}}
+        return found | {"arguments": _Data(arguments)}
+    return found | {"arguments": {}, "extra": {"arguments": _Data(arguments)}}
 
 
 def _content(content: Any) -> tuple[str, dict[str, Any] | None]:
@@ -187,7 +187,7 @@ def _content(content: Any) -> tuple[str, dict[str, Any] | None]:
         return content or "", None
     parts = content if isinstance(content, list) else [content]
     texts = [str(part["text"]) for part in parts if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
-    return "\n".join(texts), None if len(texts) == len(parts) else {"content": content}
+    return "\n".join(texts), None if len(texts) == len(parts) else {"content": _Data(content)}
 
 
 def _timestamp(t: float) -> str:
@@ -198,13 +198,31 @@ def _known(value: Any, name: str, missing: set[str]) -> Any:
     return None if name in missing else value
 
 
+class _Data:
+    """What a user, a model or a tool wrote, whose nulls and empty parts are its own."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 def _clean(value: Any) -> Any:
-    """Without keys whose value is `None` and `extra`s that are empty, and without what strict JSON or UTF-8 has no form for."""
+    """Without keys of ours whose value is `None`, without an empty `extra`, and with what strict JSON has no form for replaced."""
+    if isinstance(value, _Data):
+        return _strict(value.value)
     if isinstance(value, dict):
-        cleaned = {str(key): _clean(item) for key, item in value.items() if item is not None}
+        cleaned = {key: _clean(item) for key, item in value.items() if item is not None}
         return {key: item for key, item in cleaned.items() if not (key == "extra" and item == {})}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_clean(item) for item in value]
+    return _strict(value)
+
+
+def _strict(value: Any) -> Any:
+    """Lone surrogates become `?`, numbers that are not finite `null`."""
+    if isinstance(value, dict):
+        return {_strict(str(key)): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
