@@ -9,17 +9,52 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 
 from agentloop.sandboxes.base import Limits, Result, Sandbox, Session
 from agentloop.sandboxes.load import load_sandbox
 from tests.conformance.attacks.base import Outcome
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """Does what tests will ask for, in their order, some of it ahead of them: most of their time is waiting.
+
+    `names` are what will be asked for, at most `several` of them are under way at once.
+    """
+
+    def __init__(self, names: Sequence[str], act: Callable[[str], Coroutine[Any, Any, T]], several: int) -> None:
+        self._names, self._act, self._several = list(dict.fromkeys(names)), act, several
+        self._tasks: dict[str, asyncio.Task[T]] = {}
+
+    async def get(self, name: str) -> T:
+        at = self._names.index(name)
+        for following in self._names[at : at + self._several]:
+            if following not in self._tasks:
+                self._tasks[following] = asyncio.create_task(self._act(following))
+        return await self._tasks[name]
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+
+def asked_for(request: pytest.FixtureRequest, argument: str, **others: Any) -> list[str]:
+    """The values of a test's `argument` in this run, of those tests of the module whose other parameters are `others`."""
+    found = []
+    for item in request.session.items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if item.path == request.path and argument in parameters and others.items() <= parameters.items():
+            found.append(parameters[argument])
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,7 +118,7 @@ async def served(kind: str = "process", *, unprivileged: bool = False) -> AsyncI
         service = await asyncio.create_subprocess_exec(
             *prefix,
             sys.executable,
-            *("-m", "agentloop.cli", "sandbox", "serve", "--config", str(config), "--port", "0"),
+            *("-m", "agentloop.cli", "sandbox", "serve", "--config", str(config), "--port", "0", "--max-concurrency", "8"),
             stdout=asyncio.subprocess.PIPE,
         )
         try:

@@ -51,6 +51,16 @@ for fd in range(3, 1024):
     except OSError:
         pass
 """
+CROWD = """
+import os, time
+try:
+    while os.fork():
+        pass
+    time.sleep(60)
+    os._exit(0)
+except OSError as error:
+    print(error)
+"""
 ANSWER = json.dumps({"value": "\ud800", "value_cut": -(10**30), "exit": 10**30, "memory": 5})
 
 LEFT = {
@@ -64,10 +74,8 @@ LEFT = {
     "a process that starts others": DAEMON.format(
         act="os.fork() or (time.sleep(0.05), os._exit(0)); os.waitpid(-1, os.WNOHANG)"
     ),
-    "as many processes as there may be": "import os, time\ntry:\n    while os.fork(): pass\n    os.setsid()\n    time.sleep(60)\n"
-    "    os._exit(0)\nexcept OSError as error: print(error)",
-    "as many processes, and no interpreter": "import os, time\ntry:\n    while os.fork(): pass\n    os.setsid()\n    time.sleep(60)\n"
-    "except OSError as error: print(error)\nos._exit(3)",
+    "as many processes as there may be": CROWD,
+    "as many processes, and no interpreter": CROWD + "os._exit(3)",
     "processes that signal the machinery": "import os\nfor _ in range(6):\n    if os.fork() == 0:\n        while True:\n"
     "            for number in (17, 10, 12, 1, 15, 2, 28):\n                try: os.kill(1, number)\n"
     "                except OSError: pass",
@@ -86,7 +94,8 @@ LEFT = {
     "libc.prctl(22, 2, struct.pack('=HxxxxxxQ', 1, ctypes.addressof(program)))",
     "no limits to speak of": "import resource\nfor name in ('NOFILE', 'FSIZE', 'STACK', 'NPROC'):\n"
     "    resource.setrlimit(getattr(resource, 'RLIMIT_' + name), (1, 1))",
-    "nothing open": "import os\nos.closerange(0, 4096)\ntry:\n    while True: os.open('/dev/zero', os.O_RDWR)\nexcept OSError: pass",
+    "nothing open": "import os\nos.closerange(0, 4096)\ntry:\n    while True: os.open('/dev/zero', os.O_RDWR)\n"
+    "except OSError: pass",
     "little that kills it first": "import os, sys\ntry: open('/proc/self/oom_score_adj', 'w').write('0')\n"
     "except OSError as error: print(error)\nheld = []\nfor _ in range(40):\n    held.append(os.memfd_create('x'))\n"
     "    for _ in range(16): os.write(held[-1], bytes(1 << 20))",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 
@@ -9,34 +10,38 @@ import pytest
 import pytest_asyncio
 
 from tests.conformance.attacks import ATTACKS, Attack, Host, carry_out
-from tests.conformance.attacks.baseline import Plain, clean
-from tests.conformance.sandboxes import KINDS, Kind, SandboxTarget, available
+from tests.conformance.attacks.baseline import Plain
+from tests.conformance.sandboxes import KINDS, Ahead, Kind, SandboxTarget, asked_for, available
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(os.geteuid() != 0, reason="attacks are tried as root, which they are most dangerous as"),
 ]
-SUCCEEDED: dict[str, str] = {}
-"""Attacks that succeeded against plain `subprocess` in this run, and what they achieved."""
-TRIED: set[str] = set()
+SUCCEEDED: dict[str, str | None] = {}
+"""What the attacks that were tried against plain `subprocess` in this run achieved."""
 
 
-async def succeeds_against_plain(attack: Attack) -> str | None:
-    if attack.name not in TRIED:
-        TRIED.add(attack.name)
+async def succeeds_against_plain(name: str) -> str | None:
+    if name not in SUCCEEDED:
+        plain = Plain()
         with Host() as host:
             try:
-                achieved, _ = await carry_out(Plain(), attack, host)
+                SUCCEEDED[name], _ = await carry_out(plain, ATTACKS[name], host)
             finally:
-                clean()
-        if achieved:
-            SUCCEEDED[attack.name] = achieved
-    return SUCCEEDED.get(attack.name)
+                plain.clean()
+    return SUCCEEDED[name]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def against_plain(request: pytest.FixtureRequest) -> AsyncIterator[Ahead[str | None]]:
+    ahead = Ahead(asked_for(request, "name"), succeeds_against_plain, several=2)
+    yield ahead
+    await ahead.close()
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-async def test_attack_succeeds_against_plain_subprocess(name: str) -> None:
-    achieved = await succeeds_against_plain(ATTACKS[name])
+async def test_attack_succeeds_against_plain_subprocess(against_plain: Ahead[str | None], name: str) -> None:
+    achieved = await against_plain.get(name)
     if not achieved and not ATTACKS[name].everywhere:
         pytest.skip("it does not succeed on this machine: its kernel has not what it attacks")
     assert achieved
@@ -48,10 +53,23 @@ def kind_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def target(kind_name: str) -> AsyncIterator[SandboxTarget]:
-    kind = available(kind_name)
-    async with kind.start() as sandbox:
-        yield SandboxTarget(kind_name, sandbox)
+async def attacks(
+    request: pytest.FixtureRequest, kind_name: str, against_plain: Ahead[str | None]
+) -> AsyncIterator[Ahead[None]]:
+    async with available(kind_name).start() as sandbox:
+        target = SandboxTarget(kind_name, sandbox)
+
+        async def stopped_every_way(name: str) -> None:
+            if not await against_plain.get(name):
+                pytest.skip("it does not succeed against plain subprocess here, so it does not count")
+            if reason := await excused(KINDS[kind_name], target, ATTACKS[name]):
+                pytest.skip(reason)
+            ways = (False, True) if ATTACKS[name].lasting else (False,)
+            await asyncio.gather(*(stopped(target, ATTACKS[name], lasting=lasting) for lasting in ways))
+
+        ahead = Ahead(asked_for(request, "name", kind_name=kind_name), stopped_every_way, several=3)
+        yield ahead
+        await ahead.close()
 
 
 async def excused(kind: Kind, target: SandboxTarget, attack: Attack) -> str | None:
@@ -63,10 +81,6 @@ async def excused(kind: Kind, target: SandboxTarget, attack: Attack) -> str | No
 
 
 async def stopped(target: SandboxTarget, attack: Attack, *, lasting: bool) -> None:
-    if not await succeeds_against_plain(attack):
-        pytest.skip("it does not succeed against plain subprocess here, so it does not count")
-    if reason := await excused(KINDS[target.name], target, attack):
-        pytest.skip(reason)
     with Host() as host:
         achieved, outcome = await carry_out(target, attack, host, lasting=lasting)
     assert achieved is None, f"{attack.name}: {achieved}; {outcome.status} {outcome.error} {outcome.text[-800:]}"
@@ -79,10 +93,6 @@ async def stopped(target: SandboxTarget, attack: Attack, *, lasting: bool) -> No
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-async def test_attack_is_stopped(target: SandboxTarget, name: str) -> None:
-    await stopped(target, ATTACKS[name], lasting=False)
-
-
-@pytest.mark.parametrize("name", [attack.name for attack in ATTACKS.values() if attack.lasting])
-async def test_attack_in_a_session_is_stopped(target: SandboxTarget, name: str) -> None:
-    await stopped(target, ATTACKS[name], lasting=True)
+async def test_attack_is_stopped(attacks: Ahead[None], name: str) -> None:
+    """As a run, and, of those that last, in a session, which must be usable afterwards."""
+    await attacks.get(name)

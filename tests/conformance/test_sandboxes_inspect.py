@@ -10,11 +10,9 @@ import pytest_asyncio
 pytest.importorskip("inspect_ai", reason="Inspect is not installed: pip install --no-deps -r constraints/inspect.txt")
 
 from inspect_ai.util._sandbox import self_check
-from inspect_ai.util._sandbox.self_check import *  # noqa: F403
 
-from agentloop.sandboxes.base import Sandbox
 from tests.conformance.inspect_adapter import LIMITS, SessionEnvironment
-from tests.conformance.sandboxes import KINDS, available
+from tests.conformance.sandboxes import KINDS, Ahead, asked_for, available
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -30,14 +28,20 @@ def test_there_are_as_many_checks_as_we_know_of() -> None:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=KINDS)
-async def sandbox(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
+async def checks(request: pytest.FixtureRequest) -> AsyncIterator[Ahead[None]]:
     async with available(request.param).start() as sandbox:
-        yield sandbox
+
+        async def carry_out(check: str) -> None:
+            async with sandbox.session(LIMITS) as session:
+                await getattr(self_check, check)(SessionEnvironment(session))
+
+        ahead = Ahead([name for name in asked_for(request, "check") if name not in UNFIT], carry_out, several=6)
+        yield ahead
+        await ahead.close()
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def sandbox_env(request: pytest.FixtureRequest, sandbox: Sandbox) -> AsyncIterator[SessionEnvironment]:
-    if reason := UNFIT.get(request.node.originalname):
+@pytest.mark.parametrize("check", self_check.__all__)
+async def test_check(checks: Ahead[None], check: str) -> None:
+    if reason := UNFIT.get(check):
         pytest.skip(reason)
-    async with sandbox.session(LIMITS) as session:
-        yield SessionEnvironment(session)
+    await checks.get(check)

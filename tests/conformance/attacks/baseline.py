@@ -183,21 +183,18 @@ class Plain:
 
     name = "plain subprocess"
 
+    def __init__(self) -> None:
+        self._places: list[PlainPlace] = []
+
     @asynccontextmanager
     async def place(self, limits: Mapping[str, Any], *, lasting: bool) -> AsyncIterator[PlainPlace]:
         place = PlainPlace()
-        try:
-            yield place
-        finally:
-            swept.append(place)
+        self._places.append(place)
+        yield place
 
-
-swept: list[PlainPlace] = []
-"""Places whose processes and folders are still there, since an attack is judged by what it leaves: `clean` ends them."""
-
-
-def clean() -> None:
-    while swept:
-        place = swept.pop()
-        place.sweep()
-        shutil.rmtree(place.outer, ignore_errors=True)
+    def clean(self) -> None:
+        """End and remove what is left of its places: it stays until here, since an attack is judged by what it leaves."""
+        while self._places:
+            place = self._places.pop()
+            place.sweep()
+            shutil.rmtree(place.outer, ignore_errors=True)

@@ -335,7 +335,7 @@ if made >= 20000:
         """
 import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
-if hard != 0:
+if hard > 1 or hard < 0:  # with 1 there is none either
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
         pwned("may dump core")

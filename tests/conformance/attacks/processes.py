@@ -147,11 +147,11 @@ while True:
         DAEMON
         + """
 def run():
-    for _ in range(1500):
+    for _ in range(200):
         if os.fork():
             os._exit(0)
         os.setsid()
-        time.sleep(0.004)
+        time.sleep(0.03)
 daemon(run)
 """,
         survives,
