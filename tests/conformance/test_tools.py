@@ -16,6 +16,7 @@ from agentloop.tools.file import File
 from agentloop.tools.python import Python
 from agentloop.tools.shell import Shell
 from agentloop.tools.submit import Submit
+from agentloop.tools.sympy_math import SympyMath
 from agentloop.tools.workspace import SandboxTool
 from agentloop.trajectory import CallStatus, Sample, ToolCall
 from tests.tools import services
@@ -39,6 +40,11 @@ TOOLS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "file": (lambda: File(BOX), {"action": "list"}, "The folder is empty."),
     "submit": (Submit, {"answer": "42"}, "42"),
     "search": (services.search, {"query": "rings"}, "[1] saturn (id: saturn.txt)\nSaturn has rings."),
+    "sympy_math": (
+        lambda: SympyMath({"scope": "process", "workers": 1, "limit_s": 60}),
+        {"operation": "simplify", "expression": "6*7"},
+        "42",
+    ),
     "http_tool": (services.http_tool, {"question": "6*7"}, "42"),
     "mcp": (services.mcp, {"text": "42"}, "42"),
     "function": (lambda: repeat, {"text": "ab"}, "abab"),
