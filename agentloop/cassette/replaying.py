@@ -266,6 +266,9 @@ def _compare(tape: Tape, trajectory: Trajectory | None, decode: Decode, *, score
         shorter = min(len(now), len(tape.ids))
         if now[:shorter] != tape.ids[:shorter].tolist():
             return tape.differs(None, now, decode)
+        if len(trajectory.turns) < len(tape.turns):
+            message = f"it ends after {len(trajectory.turns)} turns as {trajectory.end_reason}, and the record goes on"
+            return CassetteMismatch(tape.key, len(trajectory.turns), "trajectory", message)
         return None
     if now != tape.ids.tolist():
         return tape.differs(_turn_at(tape, now), now, decode)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agentloop.commands.journal import PartitionOption, RunArgument, StepOption, new_console, open_run
 from agentloop.errors import ConfigError, nearest
+from agentloop.journal.format import PARTITIONS
+
+if TYPE_CHECKING:
+    from agentloop.cassette import Replay
+    from agentloop.journal.reader import Run
 
 _LIVE = ("tools", "reward")
 
@@ -43,7 +48,7 @@ def replay(
 
     Exit status 0: everything is what was recorded; 1: something differs.
     """
-    from agentloop.cassette import loop_of
+    from agentloop.cassette import Cassette, Replay, loop_of
     from agentloop.cassette import replay as replay_run
     from agentloop.cassette.setup import reward_of
 
@@ -52,6 +57,8 @@ def replay(
     for name in live or ():
         if name not in _LIVE:
             raise ConfigError(f"replay: --live cannot be '{name}'; {nearest(name, _LIVE)}")
+    if partition is not None and partition not in PARTITIONS:
+        raise ConfigError(f"--partition: no partition '{partition}'; {nearest(partition, PARTITIONS)}")
     opened = open_run(run)
     again = set(live or ())
     function = reward_of(opened) if "reward" in again else None
@@ -60,51 +67,67 @@ def replay(
     parts = loop_of(opened, model=model, tools=tools_file, parser=parser, reward=function, loop=given(loop))
     logging.getLogger("agentloop").setLevel(logging.CRITICAL)  # failures that are played back are no news
 
+    cassette = Cassette(opened)
+    known = dict.fromkeys((row.partition, row.step) for row in cassette.rows.values())
+    places = [place for place in known if partition in (None, place[0]) and step in (None, place[1])]
+    if not places:
+        there = ", ".join(f"{part} {number}" for part, number in list(known)[:8]) or "nothing is recorded yet"
+        raise ConfigError(f"{opened.path}: no trajectories there; it has {there}")
+    total = Replay()
+
     async def play() -> None:
-        made = await replay_run(
-            opened,
-            parts,
-            partition=partition,
-            step=step,
-            tools="live" if "tools" in again else "recorded",
-            reward="live" if "reward" in again else "recorded",
-            max_concurrency=concurrency,
-        )
+        """Step by step: a whole run's trajectories need not be held at a time."""
+        for place in places:
+            made = await replay_run(
+                cassette,
+                parts,
+                partition=place[0],
+                step=place[1],
+                tools="live" if "tools" in again else "recorded",
+                reward="live" if "reward" in again else "recorded",
+                max_concurrency=concurrency,
+            )
+            total.played += made.played
+            total.mismatches += made.mismatches
+            total.cut += made.cut
+            total.damaged += made.damaged
         if parts.tools is not None:
             await parts.tools.close()
-        found = {
-            "run": str(opened.path),
-            "played": made.played,
-            "cut": [{"trajectory": end.key, "turn": end.turn, "why": end.why} for end in made.cut],
-            "damaged": made.damaged,
-            "mismatches": [
-                {
-                    "trajectory": found.key,
-                    "turn": found.turn,
-                    "what": found.what,
-                    "token": found.token,
-                    "message": str(found),
-                }
-                for found in made.mismatches
-            ],
-        }
-        if as_json:
-            typer.echo(json.dumps(found))
-        else:
-            console = new_console()
-            for mismatch in made.mismatches:
-                console.print(str(mismatch), markup=False, highlight=False, soft_wrap=True)
-            for sentence in [*map(str, made.cut), *made.damaged]:
-                console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-            console.print(
-                f"{made.played} trajectories are what was recorded, {len(made.mismatches)} are not; "
-                f"{len(made.cut)} were the same as far as their record goes, {len(made.damaged)} cannot be played",
-                highlight=False,
-            )
-        if made.mismatches or made.damaged:
-            raise typer.Exit(1)
 
     asyncio.run(play())
+    if as_json:
+        typer.echo(json.dumps(_told(opened, total)))
+    else:
+        console = new_console()
+        for sentence in [*map(str, total.mismatches), *map(str, total.cut), *total.damaged]:
+            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{total.played} trajectories are what was recorded, {len(total.mismatches)} are not; "
+            f"{len(total.cut)} were the same as far as their record goes, {len(total.damaged)} cannot be played",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if total.mismatches or total.damaged:
+        raise typer.Exit(1)
+
+
+def _told(run: Run, made: Replay) -> dict[str, object]:
+    return {
+        "run": str(run.path),
+        "played": made.played,
+        "cut": [{"trajectory": end.key, "turn": end.turn, "why": end.why} for end in made.cut],
+        "damaged": made.damaged,
+        "mismatches": [
+            {
+                "trajectory": found.key,
+                "turn": found.turn,
+                "what": found.what,
+                "token": found.token,
+                "message": str(found),
+            }
+            for found in made.mismatches
+        ],
+    }
 
 
 def given(pairs: list[str] | None) -> dict[str, object]:

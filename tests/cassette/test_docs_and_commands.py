@@ -148,6 +148,8 @@ def test_replay_under_other_limits_is_not_the_same(place: Path) -> None:
         ("replay quickstart --model nowhere", "the model 'nowhere' is no folder here"),
         ("replay quickstart --parser herms", "tool-call parser 'herms' is unknown"),
         ("replay quikstart", "did you mean 'quickstart'"),
+        ("replay quickstart --step 7", "no trajectories there; it has train 1"),
+        ("replay quickstart --partition trian", "no partition 'trian'; did you mean 'train'"),
         ("fork quickstart --trajectory q-0_9 --turn 0", "no trajectory 'q-0_9'"),
         ("fork quickstart --trajectory q-0_1 --turn 0 --engine locl", "no engine 'locl'; did you mean 'local'"),
         ("fork quickstart --trajectory q-0_1 --turn 0 --engine cassette", "another engine than 'cassette' must go on"),
