@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -108,7 +109,8 @@ class Site:
                 if self.path.split("?")[0] in ("/", "/dark"):
                     self.send_header("content-security-policy", policy)
                 self.end_headers()
-                self.wfile.write(content)
+                with contextlib.suppress(ConnectionError):  # the page has gone elsewhere
+                    self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None: ...
 

@@ -12,7 +12,7 @@ import { GroupView } from "./views/group.js";
 import { RunView } from "./views/run.js";
 import { SampleView } from "./views/sample.js";
 
-const CACHE_BYTES = 40e6;
+const CACHE_BYTES = 24e6;
 const SLOW_MS = 1000;
 
 const HELP = [
@@ -36,6 +36,7 @@ export class App {
     this.mode = "origin";
     this.state = { view: "run" };
     this.samples = new Map();
+    this.pieces = new Map();
     this.pending = new Map();
     this.waiting = 0;
     this.round = 0;
@@ -174,7 +175,7 @@ export class App {
     if (!this.pending.has(key)) {
       const fetched = this.request({ kind: "sample", key })
         .then(({ header, buffers }) => {
-          const sample = new Sample(header, buffers, this.overview.specialIds);
+          const sample = new Sample(header, buffers, this.overview.specialIds, this.pieces);
           this.samples.set(key, sample);
           let bytes = 0;
           for (const other of this.samples.values()) bytes += other.bytes;
@@ -404,6 +405,7 @@ export class App {
     for (const view of Object.values(this.views ?? {})) view.destroy();
     this.samples.clear();
     this.pending.clear();
+    this.pieces.clear();
     this.shadow.replaceChildren();
     this.host.close?.();
   }

@@ -9,7 +9,7 @@ export function decodeFrame(bytes) {
   if (8 + length > bytes.byteLength) throw new ViewerError("The answer is cut off.");
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 8, length)));
   const start = (8 + length + 7) & ~7;
-  return { header, buffers: start < bytes.byteLength ? [bytes.slice(start)] : [] };
+  return { header, buffers: start < bytes.byteLength ? [new Uint8Array(bytes, start)] : [] };
 }
 
 /** What every host's answer goes through: errors become exceptions. */
@@ -18,11 +18,11 @@ export function checked(answer) {
   return answer;
 }
 
-/** The buffer of an answer as an ArrayBuffer of its own, so that typed columns are aligned. */
+/** The bytes of an answer where typed columns are aligned; copied only if they are not. */
 export function bufferOf(buffers) {
   const buffer = buffers?.[0];
-  if (!buffer) return new ArrayBuffer(0);
-  if (buffer instanceof ArrayBuffer) return buffer;
-  const { buffer: whole, byteOffset, byteLength } = buffer;
-  return byteOffset % 8 === 0 ? { whole, byteOffset, byteLength } : whole.slice(byteOffset, byteOffset + byteLength);
+  if (!buffer) return new Uint8Array(0);
+  if (buffer instanceof ArrayBuffer) return new Uint8Array(buffer);
+  const bytes = new Uint8Array(buffer.buffer, buffer.byteOffset, buffer.byteLength);
+  return bytes.byteOffset % 8 === 0 ? bytes : bytes.slice();
 }

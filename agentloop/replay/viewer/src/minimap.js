@@ -7,13 +7,17 @@ export class Strip {
   constructor(paint, props = {}) {
     this.paint = paint;
     this.el = h("canvas", { ...props, class: `strip ${props.class ?? ""}` });
-    this.observer = new ResizeObserver(() => this.draw());
+    this.size = [0, 0];
+    this.observer = new ResizeObserver(([{ contentRect }]) => {
+      this.size = [contentRect.width, contentRect.height];
+      this.draw();
+    });
     this.observer.observe(this.el);
   }
 
   draw() {
     const scale = globalThis.devicePixelRatio || 1;
-    const [width, height] = [Math.round(this.el.clientWidth * scale), Math.round(this.el.clientHeight * scale)];
+    const [width, height] = this.size.map((length) => Math.round(length * scale));
     if (!width || !height) return;
     if (this.el.width !== width) this.el.width = width;
     if (this.el.height !== height) this.el.height = height;

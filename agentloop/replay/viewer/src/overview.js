@@ -36,7 +36,7 @@ export class Overview {
     this.run = header.run ?? {};
     this.can = header.can ?? [];
     this.commands = header.commands ?? {};
-    this.specialIds = header.special_ids ?? null;
+    this.specialIds = header.special_ids ? new Set(header.special_ids) : null;
     this.rows = rowsOf(header.trajectories ?? {});
     this.byKey = new Map(this.rows.map((row) => [row.key, row]));
     this.groups = groupsOf(this.rows, header.groups ?? {});

@@ -9,15 +9,18 @@ export const ORIGINS = ["prompt", "sampled", "observation", "template"];
 const SAMPLED = 1;
 
 export class Sample {
-  constructor(header, buffers, specialIds) {
+  /** `known` keeps the looks of tokens for other samples of the same tokenizer. */
+  constructor(header, buffers, specialIds, known = new Map()) {
     this.header = header;
     this.key = header.key;
     this.n = header.n;
     this.turns = header.turns ?? [];
     this.columns = readColumns(header, bufferOf(buffers));
     if (!this.columns.ids) throw new ViewerError(`Trajectory ${header.key}: its token ids are missing.`);
-    this.special = specialIds ? new Set(specialIds) : null;
-    this.bytes = Object.values(this.columns).reduce((sum, column) => sum + column.byteLength, 0) + 12 * this.n;
+    this.special = specialIds;
+    this.known = known;
+    // With what is derived from them.
+    this.bytes = Object.values(this.columns).reduce((sum, column) => sum + column.byteLength, 0) + 40 * this.n;
     this._segments();
     this._versions();
     this._cache = new Map();
@@ -104,26 +107,25 @@ export class Sample {
     return this.hasText ? new TextDecoder("utf-8", { ignoreBOM: true }).decode(this.bytesOf(start, end)) : "";
   }
 
-  /** How each token is drawn: `{text, cells, breaks, kind}`; equal tokens share one. */
+  /** How each token is drawn: `{text, cells, breaks, kind, exact}`; equal tokens share one. */
   get pieces() {
     return this.once("pieces", () => {
-      const known = new Map();
+      const { known, hasText } = this;
+      if (known.size > MOST_KNOWN) known.clear();
       const pieces = new Array(this.n);
-      const { ids } = this.columns;
-      const { hasText } = this;
-      const bytes = this.columns.piece_bytes;
+      const { ids, piece_bytes: bytes } = this.columns;
       const offsets = hasText ? this.offsets : null;
       for (let i = 0; i < this.n; i++) {
-        const isSpecial = this.special?.has(ids[i]) ?? false;
-        let name = isSpecial ? "s" : "";
-        if (hasText) for (let k = offsets[i]; k < offsets[i + 1]; k++) name += String.fromCharCode(bytes[k]);
-        else name = `${ids[i]}`;
-        let piece = known.get(name);
-        if (!piece) {
-          piece = hasText ? pieceOf(bytes.subarray(offsets[i], offsets[i + 1]), isSpecial, !this.special) : idPiece(ids[i]);
-          known.set(name, piece);
+        const id = ids[i];
+        let entry = known.get(id);
+        if (!entry || !(hasText ? sameBytes(entry.bytes, bytes, offsets[i], offsets[i + 1]) : entry.bytes === null)) {
+          // Copied, so that the cache does not hold on to the sample.
+          const own = hasText ? bytes.slice(offsets[i], offsets[i + 1]) : null;
+          const piece = hasText ? pieceOf(own, this.special?.has(id) ?? false, !this.special) : idPiece(id);
+          entry = { bytes: own, piece };
+          known.set(id, entry);
         }
-        pieces[i] = piece;
+        pieces[i] = entry.piece;
       }
       return pieces;
     });
@@ -178,9 +180,7 @@ export function firstDifference(a, b) {
 }
 
 function readColumns(header, buffer) {
-  const { whole, byteOffset, byteLength } = buffer instanceof ArrayBuffer
-    ? { whole: buffer, byteOffset: 0, byteLength: buffer.byteLength }
-    : buffer;
+  const { buffer: whole, byteOffset, byteLength } = buffer;
   const columns = {};
   for (const { name, dtype, offset, length } of header.columns ?? []) {
     const Type = TYPES[dtype];
@@ -198,28 +198,48 @@ function readColumns(header, buffer) {
 
 // -- how a token looks ------------------------------------------------------------------------------------------------
 
+const MOST_KNOWN = 50_000;
 const LONGEST = 400;
 const SPECIAL = /^(<[|\uff5c][^<>]{1,60}[|\uff5c]>|<\/?(s|bos|eos|pad|unk|im_start|im_end)>|\[\/?(INST|BOS|EOS|PAD|UNK|TOOL_CALLS)\])$/;
 const BLANK = /^[ \t\n\r]+$/;
 
 function pieceOf(bytes, isSpecial, guess) {
-  if (!bytes.length) return { text: "\u2205", cells: 1, breaks: false, kind: isSpecial ? "special" : "empty" };
-  const text = decodeStrict(bytes);
+  if (!bytes.length) return look("\u2205", isSpecial ? "special" : "empty", false);
+  const plain = asciiText(bytes);
+  const text = plain ?? decodeStrict(bytes);
   if (text === null) {
     const hex = Array.from(bytes.subarray(0, 12), (byte) => byte.toString(16).padStart(2, "0")).join(" ");
-    const shown = `\u2039${hex}${bytes.length > 12 ? "\u2026" : ""}\u203a`;
-    return { text: shown, cells: shown.length, breaks: bytes.includes(10), kind: "part" };
+    return look(`\u2039${hex}${bytes.length > 12 ? "\u2026" : ""}\u203a`, "part", bytes.includes(10));
   }
-  let shown = BLANK.test(text) ? text.replaceAll(" ", "\u00b7") : text;
+  const blank = BLANK.test(text);
+  const kind = isSpecial || (guess && SPECIAL.test(text)) ? "special" : blank ? "blank" : "text";
+  if (plain !== null && !blank && plain.length <= LONGEST) return { text: plain, cells: plain.length, breaks: false, kind, exact: true };
+  let shown = blank ? text.replaceAll(" ", "\u00b7") : text;
   shown = visible(shown.slice(0, LONGEST).replaceAll("\r", "\u240d").replaceAll("\n", "\u21b5").replaceAll("\t", "\u2192"));
   if (/^(\p{Mn}|\p{Me})/u.test(shown)) shown = `\u25cc${shown}`;
-  const kind = isSpecial || (guess && SPECIAL.test(text)) ? "special" : BLANK.test(text) ? "blank" : "text";
-  return { text: shown, cells: Math.max(1, cells(shown)), breaks: text.includes("\n"), kind };
+  return look(shown, kind, text.includes("\n"));
+}
+
+/** `exact`: a monospace font gives it just this width. */
+function look(text, kind, breaks) {
+  return { text, cells: Math.max(1, cells(text)), breaks, kind, exact: false };
+}
+
+/** The text of bytes that are all printable ASCII, else null. */
+function asciiText(bytes) {
+  for (let k = 0; k < bytes.length; k++) if (bytes[k] < 32 || bytes[k] > 126) return null;
+  return String.fromCharCode(...bytes.subarray(0, 2 * LONGEST));
+}
+
+function sameBytes(own, bytes, start, end) {
+  if (own === null || own.length !== end - start) return false;
+  for (let k = 0; k < own.length; k++) if (own[k] !== bytes[start + k]) return false;
+  return true;
 }
 
 function idPiece(id) {
   const text = `#${id}`;
-  return { text, cells: text.length, breaks: false, kind: "id" };
+  return { text, cells: text.length, breaks: false, kind: "id", exact: true };
 }
 
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });

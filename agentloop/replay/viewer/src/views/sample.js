@@ -69,7 +69,6 @@ export class SampleView {
       this.tokens.moveTo(token, { centre: true, quiet: true });
       if (turn === undefined) this.toTurn(sample.turn[Math.min(token, sample.n - 1)] ?? -1, { tokens: false });
     }
-    this.tokens._draw();
   }
 
   load(sample, row) {
@@ -154,8 +153,9 @@ export class SampleView {
       h("b", null, `End: ${endBadge(this.row).textContent}`),
       header.masked ? h("span", { class: "dim" }, " \u2014 masked: no gradient from this trajectory") : null,
     );
+    const scrolled = this.scroller.scrollTop;
     this.scroller.replaceChildren(h("div", { class: "prompt", "data-turn": -1 }, messages), ...turns, end);
-    this.scroller.scrollTop = 0;
+    if (scrolled) this.scroller.scrollTop = 0;
     for (const [i, card] of [...this.cards.values()].entries()) {
       if (i < 4) card.body.fill();
       this.observer.observe(card);

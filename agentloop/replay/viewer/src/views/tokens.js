@@ -9,7 +9,7 @@ import { ORIGINS } from "../sample.js";
 import { parseBound } from "../search.js";
 
 const ROW = 21;
-const OVERSCAN = 8;
+const OVERSCAN = 5;
 const GUTTER = 96;
 const GAP = 2;
 const GUTTER_WORDS = ["prompt", "", "tool", "template"];
@@ -23,6 +23,10 @@ export class TokensPane {
     this.cursor = 0;
     this.anchor = null;
     this.rows = new Map();
+    // Read when they change: reading them from the page would lay it out in the midst of drawing.
+    this.top = 0;
+    this.height = 0;
+    this.width = 0;
     this.over = [];
     this.threshold = 0.5;
     this.found = [];
@@ -44,6 +48,7 @@ export class TokensPane {
       },
     });
     this.map.el.setAttribute("aria-hidden", "true");
+    this.lens = h("i", { class: "lens" });
     this.jumpWords = h("span", { class: "dim", "data-field": "jump", role: "status" });
     this.limit = h("input", {
       class: "number",
@@ -93,7 +98,10 @@ export class TokensPane {
         dir: "ltr",
         "aria-label": "Tokens",
         "aria-multiselectable": "true",
-        onscroll: () => this.draw(),
+        onscroll: () => {
+          this.top = this.scroller.scrollTop;
+          this.draw();
+        },
         onkeydown: (event) => this._key(event),
         onpointerdown: (event) => this._down(event),
         onpointermove: (event) => this._over(event),
@@ -111,7 +119,7 @@ export class TokensPane {
       h("div", { class: "bar" }, this.modes, h("span", { class: "grow" }), this.findInput, this.findWords),
       h("div", { class: "bar legend-bar" }, this.legend),
       this.jumps,
-      this.map.el,
+      h("div", { class: "map-box" }, this.map.el, this.lens),
       this.scroller,
       h("div", { class: "bar foot" }, this.detail, h("span", { class: "grow" }), this.copyButton, this.copyIds),
       this.probe,
@@ -132,10 +140,10 @@ export class TokensPane {
     this.findDifferences();
     this.find();
     this.layout();
-    this.scroller.scrollTop = 0;
+    this._clear();
+    this.scrollTo(0);
     this.drawLegend();
     this.map.draw();
-    this._clear();
     this._draw();
     this.drawDetail();
   }
@@ -172,9 +180,8 @@ export class TokensPane {
   /** Break the tokens into rows: at newlines, where a segment of another turn begins, and at the edge. */
   layout() {
     const { sample } = this;
-    this.ch = this.probe.getBoundingClientRect().width / 10 || 7.5;
-    const room = Math.max(160, this.scroller.clientWidth - GUTTER - 24);
-    this.width = room;
+    if (!this.width) this.measure();
+    const room = this.width;
     const starts = [];
     const { pieces, turn, origin } = sample;
     let used = 0;
@@ -193,16 +200,37 @@ export class TokensPane {
     this.spacer.style.height = `${starts.length * ROW}px`;
   }
 
+  /** What the layout depends on; true if it has changed. */
+  measure() {
+    const ch = this.probe.getBoundingClientRect().width / 10 || 7.5;
+    const width = Math.max(160, this.scroller.clientWidth - GUTTER - 24);
+    this.height = this.scroller.clientHeight;
+    const changed = Math.abs(width - this.width) >= 1 || Math.abs(ch - this.ch) > 0.01;
+    this.ch = ch;
+    this.width = width;
+    return changed;
+  }
+
   resized() {
-    if (!this.sample || !this.scroller.clientWidth) return;
-    if (Math.abs(this.width - Math.max(160, this.scroller.clientWidth - GUTTER - 24)) >= 1) {
-      const top = this.starts[Math.floor(this.scroller.scrollTop / ROW)] ?? 0;
-      const inSight = this.isInSight(this.cursor);
+    if (!this.scroller.clientWidth) return;
+    const inSight = this.sample && this.isInSight(this.cursor);
+    const changed = this.measure();
+    if (!this.sample) return;
+    if (changed) {
+      const top = this.starts[Math.floor(this.top / ROW)] ?? 0;
       this.layout();
-      this.scroller.scrollTop = this.rowOf(inSight ? this.cursor : top) * ROW - (inSight ? this.scroller.clientHeight / 3 : 0);
       this._clear();
+      this.scrollTo(this.rowOf(inSight ? this.cursor : top) * ROW - (inSight ? this.height / 3 : 0));
     }
     this._draw();
+  }
+
+  scrollTo(top) {
+    const most = Math.max(0, this.starts.length * ROW - this.height);
+    const to = Math.round(Math.max(0, Math.min(most, top)));
+    if (to === this.top) return;
+    this.top = to;
+    this.scroller.scrollTop = to;
   }
 
   rowOf(token) {
@@ -217,7 +245,7 @@ export class TokensPane {
 
   isInSight(token) {
     const top = this.rowOf(token) * ROW;
-    return top >= this.scroller.scrollTop && top + ROW <= this.scroller.scrollTop + this.scroller.clientHeight;
+    return top >= this.top && top + ROW <= this.top + this.height;
   }
 
   _clear() {
@@ -227,9 +255,9 @@ export class TokensPane {
 
   _draw() {
     if (!this.sample) return;
-    const height = this.scroller.clientHeight || 300;
-    const first = Math.max(0, Math.floor(this.scroller.scrollTop / ROW) - OVERSCAN);
-    const last = Math.min(this.starts.length, Math.ceil((this.scroller.scrollTop + height) / ROW) + OVERSCAN);
+    const height = this.height || 300;
+    const first = Math.max(0, Math.floor(this.top / ROW) - OVERSCAN);
+    const last = Math.min(this.starts.length, Math.ceil((this.top + height) / ROW) + OVERSCAN);
     for (const [i, row] of this.rows) {
       if (i < first || i >= last) {
         row.remove();
@@ -244,12 +272,10 @@ export class TokensPane {
       this.rows.set(i, row);
     }
     if (fresh.childNodes.length) this.spacer.append(fresh);
-    this._mark();
-    const visibleShare = [first, last].map((row) => (this.starts[row] ?? this.sample.n) / this.sample.n);
-    if (this.sight?.[0] !== visibleShare[0] || this.sight?.[1] !== visibleShare[1]) {
-      this.sight = visibleShare;
-      this.map.draw();
-    }
+    const share = (row) => (100 * (this.starts[row] ?? this.sample.n)) / Math.max(1, this.sample.n);
+    const top = Math.floor(this.top / ROW);
+    this.lens.style.left = `${share(top)}%`;
+    this.lens.style.right = `${100 - share(top + Math.ceil(height / ROW))}%`;
   }
 
   _row(i) {
@@ -258,73 +284,71 @@ export class TokensPane {
     const [start, end] = [this.starts[i], this.starts[i + 1] ?? sample.n];
     const row = document.createElement("div");
     row.className = "trow";
-    row.setAttribute("role", "presentation");
-    row.style.transform = `translateY(${i * ROW}px)`;
-    const opens = start === 0 || sample.segment[start] !== sample.segment[start - 1];
-    const turn = document.createElement("span");
-    turn.className = "gutter";
-    turn.setAttribute("aria-hidden", "true");
-    const name = document.createElement("b");
-    if (opens) {
+    row.style.top = `${i * ROW}px`;
+    const gutter = document.createElement("span");
+    gutter.className = "gutter";
+    gutter.setAttribute("aria-hidden", "true");
+    if (start === 0 || sample.segment[start] !== sample.segment[start - 1]) {
+      const name = document.createElement("b");
       name.textContent = sample.isSampled(start) ? `turn ${sample.turn[start]}` : GUTTER_WORDS[sample.origin[start]];
+      gutter.append(name);
       row.classList.add("opens");
     }
-    turn.append(name, String(start));
-    row.append(turn);
+    gutter.append(String(start));
+    row.append(gutter);
     const { pieces, version, difference } = sample;
     const versions = this.app.mode === "version";
     const differences = this.app.mode === "difference";
+    const decorated = this.found.length > 0 || this.anchor !== null || (this.cursor >= start && this.cursor < end);
     for (let k = start; k < end; k++) {
       const span = document.createElement("span");
       const piece = pieces[k];
-      let name = `tok c${codes[k]} k-${piece.kind}`;
+      let name = `tok c${codes[k]}`;
+      if (piece.kind !== "text") name += ` k-${piece.kind}`;
       if (versions && k && version[k] >= 0 && version[k - 1] >= 0 && version[k] !== version[k - 1]) name += " shift";
       if (differences && Math.abs(difference[k]) > this.threshold) name += " over";
+      if (!piece.exact || piece.cells * this.ch > this.width) {
+        name += " box";
+        span.style.width = `${Math.min(this.width - GAP, piece.cells * this.ch)}px`;
+      }
       span.className = name;
       span.textContent = piece.text;
-      span.style.width = `${Math.min(this.width - GAP, piece.cells * this.ch)}px`;
-      span.setAttribute("role", "option");
       span.token = k;
+      if (decorated) this._decorate(span);
       row.append(span);
     }
     return row;
   }
 
+  /** Cursor, selection or finds have changed. */
   _mark() {
-    const [from, to] = this.selection();
     for (const row of this.rows.values()) {
-      for (const span of row.children) {
-        if (span.token === undefined) continue;
-        const selected = this.anchor !== null && span.token >= from && span.token < to;
-        const on = span.token === this.cursor;
-        if (selected !== span.classList.contains("sel")) span.classList.toggle("sel", selected);
-        if (on !== span.classList.contains("cursor")) {
-          span.classList.toggle("cursor", on);
-          if (on) {
-            span.id = `${this.id}-at`;
-            span.setAttribute("aria-selected", "true");
-            span.setAttribute("aria-label", this.spoken(span.token));
-            this.scroller.setAttribute("aria-activedescendant", span.id);
-          } else {
-            span.removeAttribute("id");
-            span.removeAttribute("aria-selected");
-            span.removeAttribute("aria-label");
-          }
-        }
-        const hit = this.found.length && this.isFound(span.token);
-        if (Boolean(hit) !== span.classList.contains("found")) span.classList.toggle("found", Boolean(hit));
-      }
+      for (const span of row.children) if (span.token !== undefined) this._decorate(span);
     }
+  }
+
+  _decorate(span) {
+    const { token, classList } = span;
+    const [from, to] = this.selection();
+    const on = token === this.cursor;
+    toggle(span, "sel", this.anchor !== null && token >= from && token < to);
+    toggle(span, "found", this.found.length > 0 && this.isFound(token));
+    if (on === classList.contains("cursor")) return;
+    classList.toggle("cursor", on);
+    if (on) {
+      span.id = `${this.id}-at`;
+      span.setAttribute("role", "option");
+      span.setAttribute("aria-selected", "true");
+      span.setAttribute("aria-label", this.spoken(token));
+      this.scroller.setAttribute("aria-activedescendant", span.id);
+    } else for (const name of ["id", "role", "aria-selected", "aria-label"]) span.removeAttribute(name);
   }
 
   paintMap(context, width, height) {
     if (!this.sample) return;
-    paintCodes(context, width, height, strip(this.sample, this.app.mode, Math.min(2000, width)), this.app.colours);
-    if (!this.sight) return;
-    context.strokeStyle = this.app.ink;
-    context.lineWidth = 2;
-    const [from, to] = this.sight.map((share) => share * width);
-    context.strokeRect(from + 1, 1, Math.max(4, to - from - 2), height - 2);
+    const cells = Math.min(2000, width);
+    const codes = this.sample.once(`map-${this.app.mode}-${cells}`, () => strip(this.sample, this.app.mode, cells));
+    paintCodes(context, width, height, codes, this.app.colours);
   }
 
   // -- the cursor ---------------------------------------------------------------------------------------------------
@@ -338,12 +362,11 @@ export class TokensPane {
     this.cursor = Math.max(0, Math.min(sample.n - 1, token));
     if (centre || !this.isInSight(this.cursor)) {
       const top = this.rowOf(this.cursor) * ROW;
-      const before = this.scroller.scrollTop;
-      const room = this.scroller.clientHeight - ROW;
-      if (centre) this.scroller.scrollTop = top - this.scroller.clientHeight / 3;
-      else this.scroller.scrollTop = top < before ? top : top - room;
+      if (centre) this.scrollTo(top - this.height / 3);
+      else this.scrollTo(top < this.top ? top : top - this.height + ROW);
     }
     this._draw();
+    this._mark();
     this.drawDetail();
     if (!quiet) this.onMove(this.cursor);
   }
@@ -370,7 +393,7 @@ export class TokensPane {
     }
     if (modified || event.altKey) return;
     const row = this.rowOf(this.cursor);
-    const page = Math.max(1, Math.floor(this.scroller.clientHeight / ROW) - 1);
+    const page = Math.max(1, Math.floor(this.height / ROW) - 1);
     const column = this.cursor - this.starts[row];
     const inRow = (i) => {
       const r = Math.max(0, Math.min(this.starts.length - 1, i));
