@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
@@ -153,12 +152,12 @@ def measure(url: str, siblings: int) -> dict[str, float]:
         sys.exit("no Chromium on this machine")
     keys = [f"train/1/0_{sibling}" for sibling in range(siblings)]
     fragment = f"#view=tokens&key={keys[0].replace('/', '%2F')}"
-    size = {"width": 1280, "height": 860}
     with tempfile.TemporaryDirectory() as profile, sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=browser, headless=True, args=list(ARGUMENTS), viewport=size
+            profile, executable_path=browser, headless=True, args=list(ARGUMENTS), no_viewport=True
         )
         tab = context.pages[0]
+        tab.set_viewport_size({"width": 1280, "height": 860})
         tab.set_default_timeout(120_000)
         tab.goto(url)
         tab.evaluate(FIRST_PAINT)  # the browser itself has started

@@ -49,6 +49,7 @@ export class VirtualList {
       if (this.rows.has(i)) continue;
       const el = this.render(i);
       el.setAttribute("role", "row");
+      for (const cell of el.children) cell.setAttribute("role", "gridcell");
       el.setAttribute("aria-rowindex", i + 1);
       el.id = `${this.id}-${i}`;
       el.style.transform = `translateY(${i * this.rowHeight}px)`;

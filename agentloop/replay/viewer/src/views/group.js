@@ -32,9 +32,9 @@ export class GroupView {
     );
     this.head = h(
       "div",
-      { class: "list-head row siblings" },
+      { class: "list-head row siblings", role: "row" },
       ["", "sibling", "reward", "advantage", "ended", "turns", "tokens", "tokens from first to last", "parts from \u25cf at", "badges"].map((name, i) =>
-        h("span", { class: [2, 3, 5, 6, 8].includes(i) ? "num" : "" }, name),
+        h("span", { class: [2, 3, 5, 6, 8].includes(i) ? "num" : "", role: "columnheader" }, name),
       ),
     );
     this.list = new VirtualList({

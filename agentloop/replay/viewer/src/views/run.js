@@ -47,7 +47,7 @@ export class RunView {
         this.redrawList();
       },
     );
-    this.head = h("div", { class: "list-head" });
+    this.head = h("div", { class: "list-head", role: "row" });
     this.list = new VirtualList({
       label: "Groups",
       rowHeight: 32,
@@ -181,7 +181,7 @@ export class RunView {
     this.tally.textContent = `${count(keys.size)} ${keys.size === 1 ? "group" : "groups"}, ${count(this.rows.length)} of ${plural(total, "trajectory", "trajectories")}${
       rewards.n ? `, mean reward ${number(rewards.mean)}` : ""
     }`;
-    this.head.replaceChildren(...this._columns().map(([name, cls]) => h("span", { class: cls }, name)));
+    this.head.replaceChildren(...this._columns().map(([name, cls]) => h("span", { class: cls, role: "columnheader" }, name)));
     this.head.className = `list-head row ${this.kind}`;
     this.list.el.setAttribute("aria-label", this.kind === "groups" ? "Groups" : "Trajectories");
     this.list.reset(this.items.length);
