@@ -206,7 +206,7 @@ class _Data:
 
 
 def _clean(value: Any) -> Any:
-    """Without keys of ours whose value is `None`, without an empty `extra`, and with what strict JSON has no form for replaced."""
+    """Without keys of ours whose value is `None`, without an empty `extra`, and in what strict JSON has a form for."""
     if isinstance(value, _Data):
         return _strict(value.value)
     if isinstance(value, dict):
