@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from agentloop.audit.load import read_step
 from agentloop.audit.padded import Batch, check_advantages, check_batch
 from agentloop.audit.report import Finding, Report
 from agentloop.audit.subject import PieceBytes, Subject, from_trajectory
-from agentloop.audit.texts import Glue, check_glue, check_texts
+from agentloop.audit.texts import CUT, Glue, check_glue, check_texts
 from agentloop.audit.trained import Compared, check_agreement, compared
 from agentloop.chat.base import Renderer
+from agentloop.config import LoopConfig
 from agentloop.journal.format import JournalError
 from agentloop.journal.reader import Run
 from agentloop.journal.recorded import RecordedTrajectory
@@ -50,7 +52,7 @@ def audit_run(
         if partition in (None, place.partition) and step in (None, place.step):
             read = read_step(run.path, place, _get(meta, "loop") or {})
             report.add(read.found)
-            _audit(report, read.subjects, renderer=renderer, score=score, tools=meta.get("tools"))
+            _audit(report, read.subjects, renderer=renderer, score=score, tools=meta.get("tools"), whole=True)
             if place.partition == "train":
                 report.add(_temperature(read.subjects, meta))
                 _train_side(report, run, place.step, read.subjects, _estimator(meta))
@@ -115,7 +117,7 @@ def audit_batch(
                 read = read_step(run.path, place, {})
                 report.add(read.found)
                 subjects += read.subjects
-                _audit(report, read.subjects)
+                _audit(report, read.subjects, whole=True)
     elif trajectories is not None:
         in_order = True
         subjects = [_subject(trajectory, decode) for trajectory in trajectories]
@@ -174,6 +176,7 @@ def _audit(
     renderer: Renderer | None = None,
     score: Score | None = None,
     tools: Any = None,
+    whole: bool = False,
 ) -> None:
     report.trajectories += len(subjects)
     report.tokens += sum(len(subject) for subject in subjects)
@@ -192,7 +195,7 @@ def _audit(
     if renderer is not None and tools is None:
         report.skip("prompts against the renderer: the schemas of the tools in them are not known")
     report.add(check_glue(glue))
-    report.add(check_step(subjects))
+    report.add(check_step(subjects, whole=whole))
     report.add(check_agreement(sides))
     _unchecked(report, subjects)
 
@@ -237,7 +240,8 @@ def _rendered(subject: Subject, renderer: Renderer, tools: Any) -> Iterator[Find
     schemas = [tool for tool in tools or () if names is None or tool.get("function", {}).get("name") in names]
     if subject.prompt_len and tools is not None:
         yield from _same(subject, "prompt", 0, subject.prompt_len, renderer.prompt(subject.sample.messages, schemas or None))
-    note = subject.loop.get("final_turn_note")
+    note = str(subject.loop.get("final_turn_note") or LoopConfig.model_fields["final_turn_note"].default)
+    noted = re.compile(re.escape(f"\n{note}") + r"(?: A call of [^\n]* is still taken\.)?")
     for turn in subject.turns:
         first, until = subject.after(turn)
         if until <= first or not subject.complete:
@@ -247,13 +251,15 @@ def _rendered(subject: Subject, renderer: Renderer, tools: Any) -> Iterator[Find
             for record in turn.calls
         ]
         messages += [{"role": "tool", "content": f"Error: {error}"} for error in turn.parse_errors]
-        if not messages:
+        text = "" if subject.pieces is None else subject.pieces.text(first, until)
+        if not messages or (turn.parse_errors and CUT.search(text)):  # what was cut out of the latter is not told
             continue
         sampled = subject.ids[turn.start : turn.end].tolist()
         found = list(_same(subject, "observation", first, until, _after(renderer, sampled, messages)))
-        if found and note:
-            messages[-1]["content"] += f"\n{note}"
-            found = list(_same(subject, "observation", first, until, _after(renderer, sampled, messages)))
+        if found:
+            match = noted.search(text)
+            messages[-1]["content"] += match.group() if match is not None else f"\n{note}"
+            found = list(_same(subject, "observation", first, until, _after(renderer, sampled, messages))) and found
         yield from found
 
 

@@ -22,14 +22,16 @@ _USUAL = 0.8
 """Share of prompts that must begin alike before another beginning is odd."""
 
 
-def check_step(subjects: Sequence[Subject]) -> Iterator[Finding]:
-    """All trajectories of one partition and step."""
+def check_step(subjects: Sequence[Subject], *, whole: bool) -> Iterator[Finding]:
+    """Trajectories of one partition and step. `whole`: all of them are there."""
     yield from _unique(subjects)
     groups: dict[str, list[Subject]] = defaultdict(list)
     for subject in subjects:
         groups[subject.uid].append(subject)
     for members in groups.values():
         yield from _group(members)
+        if whole:
+            yield from _all_there(members)
         yield from _stale(members)
     yield from _beginnings(subjects)
     yield from _zeros(subjects)
@@ -82,6 +84,9 @@ def _group(members: Sequence[Subject]) -> Iterator[Finding]:
                 yield member.finding(
                     "group", f"it was sampled at temperature {own}", expected=f"{usual_temperature}, as its siblings"
                 )
+
+
+def _all_there(members: Sequence[Subject]) -> Iterator[Finding]:
     numbers = sorted({member.sibling for member in members})
     if numbers[-1] < _MANY_SIBLINGS and numbers != list(range(len(numbers))):
         missing = next(i for i, number in enumerate([*numbers, -1]) if i != number)

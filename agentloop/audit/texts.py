@@ -24,7 +24,7 @@ from agentloop.trajectory import Turn
 CONTROL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 """What control tokens look like in text."""
 _BOS = re.compile(r"(?i)^(<s>|<bos>|<[|｜](begin[_▁]of[_▁](text|sentence)|startoftext|start_of_text)[|｜]>)$")
-_CUT = re.compile(r"(?i)\[… \d+ tokens left out …\]")
+CUT = re.compile(r"(?i)\[… \d+ tokens left out …\]")
 """`agentloop.tools.cut`."""
 _UNKNOWN = re.compile("<unk>|\ufffd")
 _ALIKE = 3
@@ -133,7 +133,7 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
         # Not before the tokens that came out of messages: the glue may say the same.
         begin = next((begin for begin, end in begins if end > at), at)
         found = find(whole, text, max(at, begin))
-        if found is None and not id_ and _CUT.search(whole):  # what was cut out of the sentence on a malformed call is not told
+        if found is None and not id_ and CUT.search(whole):  # what was cut out of the sentence on a malformed call is not told
             exact = False
             continue
         if found is None:

@@ -436,7 +436,7 @@ def sibling_of_another_prompt() -> Planted:
 
 def sibling_missing() -> Planted:
     trajectories = [t for t in step() if t.id != "g1_1"]
-    return Planted(trajectories, "group", "g1_3")
+    return Planted(trajectories, "group", "g1_3", only_record=True)  # a caller may audit some of a group
 
 
 def sibling_at_another_temperature() -> Planted:
@@ -565,7 +565,8 @@ def test_the_good_step_is_good(tmp_path: Path) -> None:
 def test_a_bug_in_a_ledger_is_found(bug: Callable[[], Planted], tmp_path: Path) -> None:
     planted = bug()
     tokenizer, _ = renderer_of(NAME)
-    found(audit_trajectories(planted.trajectories, decode=token_bytes(tokenizer)), planted)
+    if not planted.only_record:
+        found(audit_trajectories(planted.trajectories, decode=token_bytes(tokenizer)), planted)
     report = audit_run(write(tmp_path, NAME, planted.trajectories))
     found(report, planted)
     others = {f.trajectory for f in report.findings} - {planted.victim}
