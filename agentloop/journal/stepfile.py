@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from agentloop.trajectory import Segment
 
 LEVEL = -1
 """Of zstd: twice as quick as level 1, and a tenth larger."""
+INDEX_SHARE = 50
+"""Indexes take at most one part in so many of the time."""
 
 
 class Appender:
@@ -87,6 +90,7 @@ class StepFile:
             self.events.append(dump_line(head | name._asdict()))
             self.rows.size = self.events.size
         self._indexed = 0
+        self._index_due = 0.0
 
     def write(
         self,
@@ -122,11 +126,17 @@ class StepFile:
             offset += len(line)
         self.rows.size = offset
 
-    def save_index(self) -> None:
-        """Write the index if anything was added since. Raises `OSError`."""
-        if self._indexed != self.rows.size:
+    def save_index(self, *, at_once: bool) -> None:
+        """Write the index if anything was added since. Raises `OSError`.
+
+        It is written whole each time. So unless `at_once`, this waits until the last time was `INDEX_SHARE` ago, in terms of
+        what that took: a step that is flushed after each of its trajectories does not cost the square of their number.
+        """
+        began = time.monotonic()
+        if self._indexed != self.rows.size and (at_once or began >= self._index_due):
             self.rows.save()
             self._indexed = self.rows.size
+            self._index_due = began + INDEX_SHARE * (time.monotonic() - began)
 
     def close(self) -> None:
         """Give the file handles back; the next `write` opens them again."""

@@ -29,6 +29,8 @@ QUEUE_LIMIT = 16_384
 """Events that may wait to be written. A trajectory makes about three a turn."""
 OPEN_FILES = 8
 """Steps whose files are kept open at a time."""
+KEPT_STEPS = 64
+"""Steps of which the rows are kept in memory; of older ones only which trajectories are still open."""
 
 
 M = TypeVar("M", bound=Callable[..., None])
@@ -114,6 +116,8 @@ class JournalWriter:
         self._compressor = zstandard.ZstdCompressor(level=LEVEL)
         self._files: dict[Place, StepFile] = {}
         """Least recently used first. Touched by the thread alone, as the two above."""
+        self._left_open: dict[Place, set[str]] = {}
+        """The trajectories that had not ended in steps that are not in `_files` any more. By the thread alone too."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"journal-{self._name.stem}", daemon=True)
         self._thread.start()
@@ -287,7 +291,7 @@ class JournalWriter:
                 self._take(item)
                 continue
             for place, file in self._files.items():
-                self._rest(place, file)
+                self._rest(place, file, at_once=item is None)
             if item is None:
                 return
             item.set()
@@ -317,18 +321,26 @@ class JournalWriter:
             self._report("bug", f"{item.place.folder}: trajectory {key}: {error!r}", trace=True)
 
     def _file(self, place: Place) -> StepFile:
-        file = self._files.pop(place, None) or StepFile(self.run_dir, place, self._name)
+        file = self._files.pop(place, None)
+        if file is None:
+            file = StepFile(self.run_dir, place, self._name)
+            left = self._left_open.pop(place, set())
+            file.open_ids |= {row.id for row in file.rows if row.id in left and not row.complete} if left else left
         self._files[place] = file
-        for other, idle in list(self._files.items())[:-OPEN_FILES]:
-            self._rest(other, idle)
-            if not idle.open_ids:
-                del self._files[other]
+        if len(self._files) > OPEN_FILES:
+            for other, idle in list(self._files.items())[:-OPEN_FILES]:
+                over = not idle.open_ids or len(self._files) > KEPT_STEPS
+                self._rest(other, idle, at_once=over)
+                if over:
+                    del self._files[other]
+                    if idle.open_ids:
+                        self._left_open[other] = idle.open_ids
         return file
 
-    def _rest(self, place: Place, file: StepFile) -> None:
+    def _rest(self, place: Place, file: StepFile, *, at_once: bool) -> None:
         """Bring the index up to date and give the file handles back until the next event."""
         try:
-            file.save_index()
+            file.save_index(at_once=at_once)
             file.close()
         except Exception as error:
             self._report("index", f"{place.folder}: {error!r}")

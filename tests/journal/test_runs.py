@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter, NullRecorder, Run, next_generation
-from tests.journal.conversations import conversation, decode, facts
+from agentloop.journal.writer import KEPT_STEPS
+from tests.journal.conversations import conversation, decode, facts, finish
 
 
 def test_writers_of_one_generation_are_merged(tmp_path: Path) -> None:
@@ -97,6 +99,44 @@ def test_more_steps_at_once_than_files_are_kept_open(tmp_path: Path) -> None:
     assert sum(row.complete for row in rows) == 120
     assert {row.step for row in rows if not row.complete} == set(range(20))
     assert run.verify() == []
+
+
+def test_trajectories_that_end_a_hundred_steps_later(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        late = [conversation(writer, step, step=step, stop_after="observation") for step in range(100)]
+        writer.flush()
+        assert len(writer._files) <= KEPT_STEPS, "memory does not grow with the steps"
+        for trajectory in late[:50]:
+            finish(trajectory, writer)
+    assert writer.errors == 0
+    run = Run(tmp_path)
+    assert [row.step for row in run.trajectories() if row.complete] == list(range(50))
+    assert [facts(run.load(trajectory.id).to_trajectory()) for trajectory in late[:50]] == [facts(t) for t in late[:50]]
+    assert run.verify() == []
+
+
+def test_a_step_that_is_flushed_after_each_trajectory(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        for seed in range(30):
+            conversation(writer, seed)
+            writer.flush()
+            assert len(list(Run(tmp_path).trajectories())) == seed + 1, "wherever the index is by then"
+    head = json.loads((tmp_path / "train" / "step_000000" / "w0.g1.index.jsonl").read_bytes().split(b"\n")[0])
+    assert head["size"] == (tmp_path / "train" / "step_000000" / "w0.g1.traj.jsonl").stat().st_size
+
+
+def test_a_run_keeps_a_bounded_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentloop.journal.reader.CACHED_ROWS", 10)
+    monkeypatch.setattr("agentloop.journal.reader.CACHED_PIECES", 2)
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        for seed in range(40):
+            conversation(writer, seed, step=seed // 4)
+    run = Run(tmp_path)
+    for _ in range(2):
+        for row in run.trajectories():
+            assert facts(run.load(row).to_trajectory()) == facts(conversation(NullRecorder(), int(row.uid[1:]), step=row.step))
+    assert sum(len(rows) for rows in run._cache.values()) <= 12
+    assert len(run._pieces) <= 2
 
 
 def test_reading_while_it_is_written(tmp_path: Path) -> None:
