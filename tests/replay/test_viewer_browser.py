@@ -240,6 +240,25 @@ def test_playing_back_in_time(page: Any, site: Site) -> None:
     assert page.locator(".card[data-turn='1'] [data-field=text]").inner_text() == "Turn 1: I compute, then I answer."
 
 
+def test_forks_from_a_turn_and_from_the_prompt(page: Any, site: Site) -> None:
+    run = MadeRun(RUN.trajectories, can=["fork"], commands=RUN.commands)
+    site.serve(run)
+    open_sample(page, site, "train/1/0_0", "conversation")
+    call = page.locator(".card[data-turn='1'] .call")
+    call.locator(".fork .link").click()
+    assert call.locator("textarea").input_value() == "result of turn 1: 48"
+    call.locator("textarea").fill("it is 49")
+    call.locator(".fork .tool").click()
+    page.wait_for_selector(".notice:has-text('Forked train/1/0_0 at turn 1, call 0: it is 49')")
+    prompt = page.locator("[data-role=user]")
+    prompt.locator(".fork .link").click()
+    prompt.locator("textarea").fill("What is 7 times 7?")
+    prompt.locator(".fork .tool").click()
+    page.wait_for_selector(".notice:has-text('call None: What is 7 times 7?')")
+    button = page.locator(".card[data-turn='1'] .meta .link")
+    assert button.get_attribute("title") == "agentloop fork runs/x 0_0 --step 1 --turn 1"
+
+
 # -- the tokens ----------------------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,13 @@ class MadeRun:
                 if request["text"].lower() in json.dumps(item.header, ensure_ascii=False).lower()
             ]
             return frame({"kind": "search", "hits": hits[: request["limit"]], "searched": len(self.trajectories)})
+        if request["kind"] == "fork" and "fork" in self.can:
+            return frame(
+                {
+                    "kind": "fork",
+                    "text": f"Forked {request['key']} at turn {request['turn']}, call {request['call']}: {request['text']}",
+                }
+            )
         return frame({"kind": "error", "message": f"'{request['kind']}' is not a kind of request"})
 
 

@@ -313,14 +313,23 @@ export class App {
   }
 
   fail(error, retry) {
+    this._tell(error?.message ?? error, "problem", retry);
+  }
+
+  notice(words) {
+    this._tell(words, "notice");
+  }
+
+  _tell(words, kind, retry) {
     if (this.destroyed) return;
-    this.problem.hidden = false;
     const dismiss = () => {
       this.problem.hidden = true;
       this.main.focus();
     };
+    this.problem.className = `${kind} top`;
+    this.problem.hidden = false;
     this.problem.replaceChildren(
-      h("span", { class: "grow" }, visible(error?.message ?? error)),
+      h("span", { class: "grow" }, visible(words)),
       ...(retry ? [h("button", { class: "tool", onclick: retry }, "Try again")] : []),
       h("button", { class: "tool", "aria-label": "dismiss", onclick: dismiss }, "\u00d7"),
     );

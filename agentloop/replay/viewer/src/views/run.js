@@ -142,6 +142,7 @@ export class RunView {
     this.chips.replaceChildren(
       ...Object.entries(BADGES).map(([name, [words, about]]) => {
         const n = without.filter((row) => row.badges.includes(name)).length;
+        if (name === "damaged" && !n && !this.filters.badges.has(name)) return "";
         const on = this.filters.badges.has(name);
         return h(
           "button",

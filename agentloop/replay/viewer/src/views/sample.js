@@ -128,7 +128,12 @@ export class SampleView {
     const { header } = this.sample;
     const rewards = header.reward?.turns ?? [];
     this.cards = new Map();
-    const messages = (header.messages ?? []).map((item) => message(item));
+    const prompts = header.messages ?? [];
+    const lastOfUser = prompts.findLastIndex((item) => item?.role === "user");
+    const canFork = this.app.overview.can.includes("fork");
+    const messages = prompts.map((item, i) =>
+      message(item, canFork && i === lastOfUser && typeof item.content === "string" ? (text) => this._forkFrom(0, null, text) : null),
+    );
     const turns = (header.turns ?? []).map((turn) => {
       const body = h("div", { class: "lazy" });
       body.fill = () => {
@@ -172,18 +177,20 @@ export class SampleView {
       const values = { id: row.id, step: row.step, partition: row.partition, key: row.key };
       fork.command = (index) => template.replace(/\{(\w+)\}/g, (whole, name) => (name === "turn" ? index : (values[name] ?? whole)));
     }
-    if (overview.can.includes("fork")) {
-      fork.edit = async (call, text) => {
-        this.app.say("Forking \u2026");
-        try {
-          const { header } = await this.app.request({ kind: "fork", key: row.key, turn: turn.index, call, text });
-          this.app.say(visible(header.text ?? "Forked."));
-        } catch (error) {
-          this.app.fail(error);
-        }
-      };
-    }
+    if (overview.can.includes("fork")) fork.edit = (call, text) => this._forkFrom(turn.index, call, text);
     return fork.command || fork.edit ? fork : null;
+  }
+
+  /** Have the host go on from a turn whose call number `call` was answered `text`; null: from the prompt `text`. */
+  async _forkFrom(turn, call, text) {
+    this.app.say("Forking: a new conversation goes on from here \u2026");
+    try {
+      const { header } = await this.app.request({ kind: "fork", key: this.row.key, turn, call, text });
+      this.app.say("");
+      this.app.notice(header.text ?? "Forked.");
+    } catch (error) {
+      this.app.fail(error);
+    }
   }
 
   _seen(entries) {

@@ -26,7 +26,8 @@ export function textBlock(text, { kind = "", label = "text" } = {}) {
   return h("div", null, pre, more);
 }
 
-export function message(item) {
+/** A message of the prompt; `onFork`, if it can be edited and gone on from, gets its new text. */
+export function message(item, onFork) {
   const extra = item?.tool_calls ? `\n${JSON.stringify(item.tool_calls, null, 2)}` : "";
   const text = contentText(item?.content) + extra;
   const role = visible(item?.role ?? "message");
@@ -34,7 +35,12 @@ export function message(item) {
     "article",
     { class: `card message role-${["system", "user", "assistant", "tool"].includes(role) ? role : "other"}`, "data-role": role },
     h("div", { class: "card-head" }, h("span", { class: "role" }, role)),
-    h("div", { class: "card-body" }, textBlock(text, { label: `${role} message` })),
+    h(
+      "div",
+      { class: "card-body" },
+      textBlock(text, { label: `${role} message` }),
+      onFork ? editButton("fork with another prompt", "another prompt", text, onFork) : null,
+    ),
   );
 }
 
@@ -104,7 +110,7 @@ function callCard(call, place, fork) {
   const retries = (call.attempts ?? 1) - 1;
   const about = [
     ["ran", seconds(call.run_s)],
-    call.queue_s ? ["waited", seconds(call.queue_s)] : null,
+    call.queue_s >= 0.001 ? ["waited", seconds(call.queue_s)] : null,
     retries > 0 ? ["attempts", `${call.attempts} (${plural(retries, "retry", "retries")})`] : null,
     call.cut_tokens ? ["left out", `${plural(call.cut_tokens, "token")} of the result`] : null,
     isNumber(call.reward) && call.reward !== 0 ? ["reward", signed(call.reward)] : null,
@@ -124,7 +130,8 @@ function callCard(call, place, fork) {
     h("div", { class: "call-args", "data-field": "arguments" }, args(call.arguments)),
     h("div", { class: "call-label" }, ok ? "result" : "what the model was told"),
     withField(textBlock(call.text ?? "", { kind: "result", label: "result" }), "result"),
-    h("div", { class: "meta" }, about.map(([name, value]) => h("span", { "data-field": name }, h("i", null, name), " ", value)), fork?.edit ? editButton(call, place, fork) : null),
+    h("div", { class: "meta" }, about.map(([name, value]) => h("span", { "data-field": name }, h("i", null, name), " ", value))),
+    fork?.edit ? editButton("fork with another result", "another result of the tool", call.text ?? "", (text) => fork.edit(place, text)) : null,
   );
 }
 
@@ -159,18 +166,22 @@ function forkButton(turn, fork) {
   );
 }
 
-/** Edit a tool's answer and go on from there, where the host can. */
-function editButton(call, place, fork) {
-  const button = h("button", { class: "link", "aria-expanded": "false", onclick: () => {
-    const open = button.getAttribute("aria-expanded") === "true";
-    button.setAttribute("aria-expanded", String(!open));
-    if (open) form.remove();
-    else {
-      button.closest(".call").append(form);
-      area.focus();
-    }
-  } }, "fork with another result");
-  const area = h("textarea", { class: "edit", rows: 5, value: call.text ?? "", "aria-label": "the tool's edited result" });
-  const form = h("div", { class: "fork-form" }, area, h("button", { class: "tool", onclick: () => fork.edit(place, area.value) }, "Fork and go on"));
-  return button;
+/** A button that unfolds a form below itself: another text, and from there on a new conversation. */
+function editButton(words, label, text, onSubmit) {
+  const area = h("textarea", { class: "edit", rows: 5, value: text, "aria-label": label });
+  const form = h("div", { class: "fork-form", hidden: true }, area, h("button", { class: "tool", onclick: () => onSubmit(area.value) }, "Fork and go on"));
+  const button = h(
+    "button",
+    {
+      class: "link",
+      "aria-expanded": "false",
+      onclick: () => {
+        form.hidden = !form.hidden;
+        button.setAttribute("aria-expanded", String(!form.hidden));
+        if (!form.hidden) area.focus();
+      },
+    },
+    words,
+  );
+  return h("div", { class: "fork" }, button, form);
 }
