@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def record(run_dir: Path, *, model: Path | None = None, seed: int = 0, groups: i
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     shutil.rmtree(run_dir, ignore_errors=True)
     problems = iter(train_problems(len(STEPS) * groups, seed))
-    meta = {"seed": seed, "model": str(folder), "config": {"siblings": siblings, "temperature": 1.0}}
+    meta = {"seed": seed, "model": os.path.relpath(folder), "config": {"siblings": siblings, "temperature": 1.0}}
 
     async def everything(writer: JournalWriter) -> None:
         engine = LocalEngine(Qwen3ForCausalLM.from_pretrained(folder), tokenizer=tokenizer, threads=1)

@@ -118,7 +118,7 @@ def _free_port() -> int:
 
 def write_notebook(path: Path, cells: Sequence[str]) -> None:
     """A notebook of code cells that have not been run."""
-    made = [
+    made: list[dict[str, object]] = [
         {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
         for i, source in enumerate(cells)
     ]
