@@ -26,7 +26,7 @@ from agentloop.config import LoopConfig
 from agentloop.journal.format import JournalError
 from agentloop.journal.reader import Run
 from agentloop.journal.recorded import RecordedTrajectory
-from agentloop.trajectory import Trajectory
+from agentloop.trajectory import Trajectory, Turn
 
 Score = Callable[[Sequence[int], float], Sequence[float]]
 """Log-probabilities of `ids[1:]`, each given all before it, at a temperature: what `Engine.score` answers."""
@@ -252,7 +252,7 @@ def _rendered(subject: Subject, renderer: Renderer, tools: Any) -> Iterator[Find
         ]
         messages += [{"role": "tool", "content": f"Error: {error}"} for error in turn.parse_errors]
         text = "" if subject.pieces is None else subject.pieces.text(first, until)
-        if not messages or (turn.parse_errors and CUT.search(text)):  # what was cut out of the latter is not told
+        if not messages or (turn.parse_errors and not _all_told(turn, text)):
             continue
         sampled = subject.ids[turn.start : turn.end].tolist()
         found = list(_same(subject, "observation", first, until, _after(renderer, sampled, messages)))
@@ -261,6 +261,11 @@ def _rendered(subject: Subject, renderer: Renderer, tools: Any) -> Iterator[Find
             messages[-1]["content"] += match.group() if match is not None else f"\n{note}"
             found = list(_same(subject, "observation", first, until, _after(renderer, sampled, messages))) and found
         yield from found
+
+
+def _all_told(turn: Turn, text: str) -> bool:
+    """Whether the sentences on malformed calls are there as they were: where they were cut to fit, the record does not tell."""
+    return not CUT.search(text) and all(error in text for error in turn.parse_errors)
 
 
 def _after(renderer: Renderer, sampled: list[int], messages: list[dict[str, Any]]) -> list[int]:

@@ -225,8 +225,8 @@ def _learned_stops(subjects: Sequence[Subject]) -> Iterator[Finding]:
 
 
 def _one_text_an_id(subjects: Sequence[Subject]) -> Iterator[Finding]:
-    """A token id stands for the same bytes everywhere."""
-    spoken = [subject for subject in subjects if subject.pieces is not None and len(subject)]
+    """A token id stands for the same bytes everywhere: of records in which each token has its own."""
+    spoken = [subject for subject in subjects if subject.pieces is not None and subject.pieces.told and len(subject)]
     if not spoken:
         return
     marks = [_fingerprints(subject) for subject in spoken]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,18 +228,38 @@ def _versions(subject: Subject) -> Iterator[Finding]:
                 before = version
             at += count
         newest = max((v for v in (newest, last, before) if v is not None), default=None)
-    claim = subject.version_claim
-    if claim is not None:
-        said = [version for version, count in claim for _ in range(count)]
-        now: list[int | str | None] = [None] * len(subject)
-        for turn in subject.turns:
-            now[turn.start : turn.end] = [version for version, count in turn.versions for _ in range(count)]
+    if subject.version_claim is not None:
+        said, now = _merged(subject.version_claim), _merged(_version_runs(subject))
         if said != now:
-            at = next((i for i, (a, b) in enumerate(zip(said, now, strict=False)) if a != b), min(len(said), len(now)))
-            wanted = str(now[at]) if at < len(now) else "nothing"
+            same = next((i for i, (x, y) in enumerate(zip(said, now, strict=False)) if x != y), min(len(said), len(now)))
+            at = sum(count for _, count in now[:same])
+            if same < min(len(said), len(now)) and said[same][0] == now[same][0]:
+                at += min(said[same][1], now[same][1])
+            message = "the versions at the record's end are others than the turns'"
             yield subject.finding(
-                "weight_versions", "the versions at the record's end are others than the turns'", at, expected=wanted
+                "weight_versions", message, min(at, len(subject) - 1), expected=str(now[same][0]) if same < len(now) else None
             )
+
+
+def _version_runs(subject: Subject) -> Iterator[tuple[int | str | None, int]]:
+    """Versions of all tokens as the turns have them."""
+    at = 0
+    for turn in subject.turns:
+        yield None, turn.start - at
+        yield from turn.versions
+        at = turn.end
+    yield None, len(subject) - at
+
+
+def _merged(runs: Iterable[Sequence[Any]]) -> list[tuple[Any, int]]:
+    """Without empty runs, and neighbours of one value as one."""
+    merged: list[tuple[Any, int]] = []
+    for value, count in runs:
+        if merged and merged[-1][0] == value:
+            merged[-1] = (value, merged[-1][1] + count)
+        elif count:
+            merged.append((value, count))
+    return merged
 
 
 def _short(values: list[int]) -> str:

@@ -28,9 +28,10 @@ from agentloop.journal.format import (
 )
 from agentloop.journal.pieces import PieceReader
 from agentloop.journal.recorded import ORIGINS, TokenFiles
-from agentloop.trajectory import CallRecord, CallStatus, Origin, Reward, Sample, StopReason, ToolCall, Turn
+from agentloop.trajectory import CallRecord, CallStatus, Reward, Sample, StopReason, ToolCall, Turn
 
 Events = list[Mapping[str, Any]]
+_PLACES = {origin.value: place for place, origin in enumerate(ORIGINS)}
 
 
 @dataclass
@@ -162,7 +163,7 @@ def _build(step: Step, events: Events, data: Any, files: TokenFiles, loop: Mappi
         first, claimed = position, int(event.get("start", position))
         for origin, count in event.get("segments") or ():
             owner = int(event.get("turn", -1))
-            parts.append(Part(ORIGINS.index(Origin(origin)), position, position + count, owner, claimed + position - first))
+            parts.append(Part(_PLACES[origin], position, position + count, owner, claimed + position - first))
             position += count
         if event.get("tok"):
             frame = _frame(event["tok"], data, tokens)
@@ -204,7 +205,7 @@ def _build(step: Step, events: Events, data: Any, files: TokenFiles, loop: Mappi
         state=end["state"] if end else None,
         complete=end is not None,
         sampling=start.get("sampling"),
-        pieces=None if lens is None else Pieces(lens, text),
+        pieces=None if lens is None else Pieces(lens, text, told=any(frame.piece_lens is not None for frame in frames)),
         texts=texts,
         mask_claim=end.get("mask") if end else None,
         version_claim=end.get("weight_versions") if end else None,

@@ -31,6 +31,8 @@ class Pieces:
     lens: NDArray[Any]
     """(n,)."""
     data: bytes
+    told: bool = False
+    """Each token's own, as old records have them; not looked up by its id."""
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:

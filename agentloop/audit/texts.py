@@ -133,7 +133,7 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
         # Not before the tokens that came out of messages: the glue may say the same.
         begin = next((begin for begin, end in begins if end > at), at)
         found = find(whole, text, max(at, begin))
-        if found is None and not id_ and CUT.search(whole):  # what was cut out of the sentence on a malformed call is not told
+        if found is None and not id_ and find(whole, text[:_TELLING], 0):  # cut to fit, of which the record does not tell
             exact = False
             continue
         if found is None:

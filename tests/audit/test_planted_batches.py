@@ -1,4 +1,4 @@
-"""Bugs planted in padded batches of the real assembly: found against the trajectories, and by the batch alone where it tells."""
+"""Bugs planted in padded batches of the real assembly: found against the trajectories, and in it alone where it tells."""
 
 from __future__ import annotations
 
