@@ -8,6 +8,7 @@ that change nothing (`the answer is`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -32,6 +33,7 @@ from agentloop.expressions.words import (
     UNITS,
 )
 
+_POWER = re.compile(r"\s*\^\s*\{?([23])\}?")
 _OPEN = {"(": ")", "[": "]"}
 _CONSTANTS = {"pi": "pi", "e": "e", "i": "i", "infty": "inf", "infinity": "inf", "inf": "inf", "oo": "inf", "iota": "i"}
 
@@ -169,12 +171,12 @@ class _Reader:
         while True:
             token = self._next
             if token.kind == "text" and not self._joins():
-                words += token.text.split()
+                words += _powers(token.text).split()
             elif token.kind == "id" and len(token.text) > 1 and token.text not in FUNCTIONS and not self._joins():
                 words.append(token.text)
             elif token.kind == "cmd" and token.text in ("mathrm", "rm", "operatorname"):
                 self._at += 1
-                words.append(self._raw())
+                words += _powers(self._raw()).split()
                 continue
             elif words and (token.text == "^" or token.text == "/") and token.kind == "char":
                 self._at += 1
@@ -735,6 +737,11 @@ def _is_word(token: Token, left: Node) -> bool:
     if token.spaced and left.op == "num" and len(text) == 3 and set(text) & set("aeiou"):  # 5 men
         return True
     return (text in UNITS or text in PERCENT) if len(text) <= 3 and (text.islower() or text.isupper()) else True
+
+
+def _powers(text: str) -> str:
+    """`cm^2` within a text, as it would be read outside of it."""
+    return _POWER.sub(r" ^\1", text)
 
 
 def _whole(node: Node) -> bool:

@@ -148,3 +148,5 @@ _COUNTED = (
     "eighteen nineteen twenty"
 )
 NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
+PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+"""Words of parts, in the singular."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from agentloop.expressions.read import parse
 from agentloop.expressions.tokens import plain
 from agentloop.expressions.tree import MAX_LENGTH, Node, Unreadable, number
-from agentloop.expressions.words import NUMBER_WORDS
+from agentloop.expressions.words import NUMBER_WORDS, PARTS
 
 _CHOICE = re.compile(r"\(?([A-J])\)?(?:[.):](?:\s.*)?|)", re.DOTALL)
 _OTHER_CHOICE = re.compile(r"(?:\b(?:or|and|not)\b|(?<![A-Za-z])\(?[A-J][.)](?:\s|$))")
 _TIME = re.compile(r"([0-9]{1,2})(?::([0-9]{2})(?::([0-9]{2}))?)?\s*(a\.?m\.?|p\.?m\.?)?", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text(?:bf|it|rm|normal|tt|sf)?|math(?:rm|bf)|mbox|operatorname|boxed)\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"[-+−$€£\s]*[0-9]+,[0-9]+(?:\s|[^0-9,]|$)")
+_THOUSANDS = re.compile(r"[-+−$€£\s]*[1-9][0-9]{0,2},[0-9]{3}(?![0-9])")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}/[0-9]{1,2}/[0-9]{4}|[0-9]{1,2}\.[0-9]{1,2}\.[0-9]{4}")
 _PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?(?:answer|result|solution)\s*(?:is|:|=)\s*:?", re.IGNORECASE)
 
 _PHRASES = {
@@ -53,6 +56,8 @@ def read_answer(text: str) -> Answer:
         text = text[2:-2].strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     bare = _unwrapped(text)
+    if _DATE.fullmatch(bare):
+        return Answer((), bare, "", False, None)
     trees: list[Node] = []
     for grouping in _groupings(bare):
         try:
@@ -64,8 +69,8 @@ def read_answer(text: str) -> Answer:
     if not trees and not any(c.isdigit() for c in bare):  # \\text{A, B}
         with contextlib.suppress(Unreadable):
             trees.append(parse(bare))
-    if bare.casefold() in NUMBER_WORDS:
-        trees = [number(NUMBER_WORDS[bare.casefold()])]
+    if (counted := _counted(bare.casefold())) is not None:
+        trees = [number(counted)]
     elif bare.casefold().removeprefix("the ").rstrip("s") in _PHRASES:
         trees = [_PHRASES[bare.casefold().removeprefix("the ").rstrip("s")]]
     choice = _CHOICE.fullmatch(bare)
@@ -74,11 +79,22 @@ def read_answer(text: str) -> Answer:
     return Answer(tuple(trees), _words(bare, bool(trees)), chosen, bool(chosen) and not rest.strip(".) "), _time(bare))
 
 
+def _counted(words: str) -> Fraction | None:
+    """`seven`, `half`, `one half`, `three-quarters`."""
+    if words in ("half", "a half"):
+        return Fraction(1, 2)
+    if words in NUMBER_WORDS:
+        return Fraction(NUMBER_WORDS[words])
+    above, _, below = words.replace("-", " ").partition(" ")
+    size = PARTS.get(below) or PARTS.get(below.removesuffix("s"))
+    return Fraction(NUMBER_WORDS[above], size) if size and NUMBER_WORDS.get(above) else None
+
+
 def _groupings(bare: str) -> list[str]:
     if not re.search(r"[0-9],[0-9]", bare):
         return ["all"]
     found = ["all", "sure"]
-    if bare.count(",") == 1 and _DECIMAL_COMMA.match(bare):
+    if bare.count(",") == 1 and _DECIMAL_COMMA.match(bare) and not _THOUSANDS.match(bare):
         found.append("comma")
     return found
 

@@ -21,6 +21,7 @@ from agentloop.expressions.value import Huge, NoNumber, Number, Undefined, is_re
 from agentloop.expressions.words import UNITS
 from agentloop.rewards.math.answers import Answer, read_answer
 from agentloop.rewards.math.intervals import NoSet, intervals
+from agentloop.rewards.math.units import in_units_of, letters, unit
 
 MAX_ITEMS = 60
 """Items of a list or set that are matched in any order."""
@@ -37,7 +38,7 @@ def equal(gold: str, answer: str) -> bool:
 def same_answer(gold: Answer, answer: Answer) -> bool:
     if gold.choice and answer.choice and (gold.lone or answer.lone):
         return gold.choice == answer.choice
-    if gold.words and gold.words == answer.words:
+    if gold.words and sorted(gold.words.split(" and ")) == sorted(answer.words.split(" and ")):
         return True
     if gold.time and answer.time:
         return _same_time(gold.time, answer.time)
@@ -228,18 +229,18 @@ def _same_quantity(gold: Node, answer: Node) -> bool:
         factor = found
     if factor != 1:
         answer = Node("mul", (answer, number(factor)))
-    if not mark and gold_mark and _letter_unit(gold, gold_mark, answer, mark):
+    if (gold_mark and _letter_unit(gold, gold_mark, answer, mark)) or (mark and _letter_unit(answer, mark, gold, gold_mark)):
         return True
     return _same_number(gold, answer)
 
 
 def _letter_unit(gold: Node, gold_mark: str, answer: Node, mark: str) -> bool:
     """`5 m` without `\\text`: the unit was read as a symbol."""
-    if answer.op != "mul" or answer.args[-1].op != "sym" or mark:
+    found = None if mark else letters(answer)
+    if found is None:
         return False
-    rest = answer.args[:-1]
-    unit = _same_unit(gold_mark, answer.args[-1].text)
-    return unit == 1 and same(gold, rest[0] if len(rest) == 1 else Node("mul", rest))
+    quantity = in_units_of(found[0], found[1], unit(gold_mark))
+    return quantity is not None and same(gold, quantity)
 
 
 def _annotation(node: Node) -> tuple[str, Node]:
@@ -261,30 +262,12 @@ def _annotation(node: Node) -> tuple[str, Node]:
 
 def _same_unit(gold: str, answer: str) -> Fraction | None:
     """By what a quantity in `answer` is multiplied to be one in `gold`; `None` if they measure different things."""
-    one, two = _unit(gold), _unit(answer)
+    one, two = unit(gold), unit(answer)
     if one[0] == two[0]:
         return two[1] / one[1]
     left, right = set(gold.split()), set(answer.split())
     known = {word for word in left | right if word in UNITS or word in ("%", "degree")}
     return Fraction(1) if (left <= right or right <= left) and not known - (left & right) else None
-
-
-def _unit(text: str) -> tuple[str, Fraction]:
-    """Dimension and factor of `cm`, `cm ^2`, `square feet`, `cubic m`; of anything else its words, in the singular."""
-    words = text.replace("^", " ^").split()
-    power = 1
-    if words and words[0] in ("square", "sq", "cubic", "cu"):
-        power = 2 if words[0] in ("square", "sq") else 3
-        words = words[1:]
-    if len(words) == 2 and words[1] in ("^2", "^3") and power == 1:
-        power = int(words[1][1])
-        words = words[:1]
-    if len(words) == 2 and words[1] in ("squared", "cubed"):
-        power, words = (2 if words[1] == "squared" else 3), words[:1]
-    if len(words) == 1 and words[0] in UNITS:
-        dimension, factor, _ = UNITS[words[0]]
-        return f"{dimension}^{power}", Fraction(factor) ** power
-    return " ".join(word.removesuffix("s") for word in text.split()), Fraction(1)
 
 
 def _same_number(gold: Node, answer: Node) -> bool:

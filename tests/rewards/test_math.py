@@ -26,6 +26,17 @@ from tests.rewards.math_bombs import bombs
 PAIRS = Path(__file__).parents[3] / "shared" / "data" / "pairs"
 
 SAME = [
+    ("54 km/h", "15 m/s"),
+    ("30 miles per hour", "44 ft/s"),
+    (r"6.5\ \mathrm{m/s^2}", "6.5 m/s^2"),
+    ("1.5 kg", "1500 g"),
+    ("2 L", "2000 mL"),
+    (r"40\,\mathrm{cm^2}", "40 square centimeters"),
+    ("3 m^2", "30000 cm^2"),
+    ("Ann and Zoe", "Zoe and Ann"),
+    ("two-thirds", "2/3"),
+    ("half", "0.5"),
+    ("2021-03-04", "2021-03-04"),
     ("3/4", r"\frac{3}{4}"),
     ("3/4", "0.75"),
     ("3/4", "75\\%"),
@@ -90,6 +101,14 @@ SAME = [
     (r"7\frac{1}{2}\%", "7.5%"),
 ]
 DIFFERENT = [
+    ("5,678", "5.678"),
+    ("2021-03-04", "2014"),
+    ("3/4/2021", "3/8084"),
+    ("15 m/s", "15 m"),
+    ("4 m^2", "4 m"),
+    ("3 kg", "3 g"),
+    ("20 mph", "20 km/h"),
+    ("Ann and Zoe", "Ann and Bea"),
     ("3/4", "0.7500001"),
     ("1/2^99", "1/2^98"),
     (r"\frac{1}{3^{80}}", r"\frac{1}{3^{81}}"),
