@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -44,10 +45,9 @@ class ReplayServer:
             "/page.css": ("text/css; charset=utf-8", STYLE.encode()),
         }
         try:
-            self._server = ThreadingHTTPServer((ADDRESS, port), _handler(self))
+            self._server = _Server((ADDRESS, port), _handler(self))
         except (OSError, OverflowError) as wrong:
             raise ConfigError(f"port {port} of {ADDRESS} cannot be listened on: {wrong}") from wrong
-        self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
 
     def url(self, link: Link | None = None) -> str:
@@ -83,6 +83,14 @@ class ReplayServer:
         except ValueError:
             return error("the request is not JSON").frame()
         return self._payload.answer(request).frame()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a page that was closed is none
+            super().handle_error(request, client_address)
 
 
 def _page(title: str, url: str, theme: str) -> str:

@@ -8,6 +8,7 @@ what the function returns.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import re
@@ -20,7 +21,7 @@ import numpy as np
 
 from agentloop.chat import HermesParser, load_renderer
 from agentloop.config import LoopConfig
-from agentloop.engines.base import Sampling
+from agentloop.engines.base import Engine, Sampling
 from agentloop.engines.scripted import ScriptedEngine, ScriptedTurn
 from agentloop.errors import ToolInfraError
 from agentloop.journal import JournalWriter, token_bytes
@@ -209,11 +210,36 @@ async def _reward(trajectory: Trajectory, sample: Sample, text: str) -> Reward:
     return Reward(right, {"answer": right, "length": -0.001 * trajectory.sampled_len}, {"extracted": text[-30:]})
 
 
-def record_run(folder: Path) -> Recorded:
-    """Record the run in `folder`, which is made."""
+def load_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def make_loop(engine: Engine, renderer: Any, recorder: Recorder | None = None) -> AgentLoop:
+    """The loop of these runs."""
+    return AgentLoop(
+        engine,
+        renderer,
+        HermesParser(renderer),
+        tools=_tools().bind(renderer),
+        reward=_reward,
+        config=LoopConfig(max_turns=5, max_response_tokens=1500),
+        recorder=recorder,
+    )
+
+
+def going_on(*texts: str) -> AgentLoop:
+    """The loop of these runs, with a model that says this from now on."""
+    tokenizer = load_tokenizer()
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    engine = ScriptedEngine([text + "<|im_end|>" for text in texts], encode=encode)
+    return make_loop(engine, load_renderer(tokenizer))
+
+
+def record_run(folder: Path) -> Recorded:
+    """Record the run in `folder`, which is made."""
+    tokenizer = load_tokenizer()
     renderer = load_renderer(tokenizer)
     recorded = Recorded(folder)
 
@@ -222,15 +248,7 @@ def record_run(folder: Path) -> Recorded:
         return ids
 
     async def roll(recorder: Recorder, step: int, *, validate: bool) -> None:
-        loop = AgentLoop(
-            ScriptedEngine(_Play(encode, step), record="nothing"),
-            renderer,
-            HermesParser(renderer),
-            tools=_tools().bind(renderer),
-            reward=_reward,
-            config=LoopConfig(max_turns=5, max_response_tokens=1500),
-            recorder=recorder,
-        )
+        loop = make_loop(ScriptedEngine(_Play(encode, step), record="nothing"), renderer, recorder)
         samples = [
             Sample(
                 [{"role": "system", "content": "Use the tools."}, {"role": "user", "content": f"{uid}: {TEXT} <b>17</b>?"}],

@@ -9,6 +9,7 @@ import html
 import http.client
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -24,12 +25,13 @@ from agentloop.commands import convert
 from agentloop.commands import view as view_command
 from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter, Run
+from agentloop.replay.forks import forker
 from agentloop.replay.html import DIST, Page
 from agentloop.replay.notebook import link_to
 from agentloop.replay.payload import Payload
 from agentloop.replay.server import ReplayServer
 from tests.journal.conversations import conversation, decode
-from tests.replay.runs import HOSTILE, Recorded
+from tests.replay.runs import HOSTILE, Recorded, going_on
 from tests.replay.test_payload import opened
 
 needs_build = pytest.mark.skipif(not (DIST / "page.js").is_file(), reason="the viewer's built file is not there")
@@ -175,6 +177,28 @@ def test_the_widgets_state_holds_no_data(recorded: Recorded) -> None:
     assert sent[-1][0] == {"type": "event", "event": {"kind": "goto", "link": {"key": "train/2/even_1", "turn": 1}}}
     widget.refresh()
     assert sent[-1][0]["event"] == {"kind": "changed"}
+
+
+# -- forks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_forked_from_the_viewer(recorded: Recorded, tmp_path: Path) -> None:
+    shutil.copytree(recorded.path, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    payload = Payload(run, fork=forker(run, lambda: going_on("Then it is \\boxed{right}.")))
+    assert "fork" in payload.answer({"kind": "overview"}).header["can"]
+    parent = recorded.trajectories["train", 1, "even_1"]
+    told = payload.answer({"kind": "fork", "key": "train/1/even_1", "turn": 0, "call": 0, "text": "43"}).header
+    assert told["kind"] == "fork" and "reward 1" in told["text"], told
+    (forked,) = Run(run.path / "forks" / "0001").trajectories()
+    made = Run(run.path / "forks" / "0001").load(forked)
+    assert [turn.calls[0].text for turn in made.turns if turn.calls] == ["43"]
+    shared = parent.turns[0].end
+    assert made.input_ids[:shared] == parent.input_ids[:shared] and made.texts[1] == "Then it is \\boxed{right}.<|im_end|>"
+    told = payload.answer({"kind": "fork", "key": "train/1/even_1", "turn": 0, "call": None, "text": "And 1 + 1?"}).header
+    assert "0002" in told["text"]
+    wrong = payload.answer({"kind": "fork", "key": "train/1/even_1", "turn": 0, "call": 7, "text": "43"}).header
+    assert wrong["kind"] == "error"
 
 
 # -- the server -------------------------------------------------------------------------------------------------------
