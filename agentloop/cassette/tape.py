@@ -8,6 +8,7 @@ trajectory, the turn, and the first token that differs.
 from __future__ import annotations
 
 import asyncio
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -260,6 +261,8 @@ class Cassette:
         self.rows = {key_of(row): row for row in self.run.trajectories()}
         """By name, in the order in which they started."""
         self._tapes: WeakValueDictionary[str, Tape] = WeakValueDictionary()
+        self._reading = threading.Lock()
+        """A `Run` is for one thread at a time."""
 
     async def tape(self, key: str) -> Tape:
         """The tape of one trajectory, kept as long as somebody holds it. Raises `CassetteMismatch` if the run has none of
@@ -275,7 +278,8 @@ class Cassette:
 
     def read(self, key: str) -> Tape:
         """As `tape`, from the disk."""
-        return Tape.of(self.run.load(self.rows[key]))
+        with self._reading:
+            return Tape.of(self.run.load(self.rows[key]))
 
     def _few(self, key: str) -> list[str]:
         """Those of the same step first: a hint need not list a whole run."""
