@@ -390,6 +390,30 @@ def test_find_and_copy_in_tokens(page: Any, site: Site) -> None:
     assert page.evaluate("() => navigator.clipboard.readText()") == b"".join(item.pieces[40:44]).decode("utf-8", "replace")
 
 
+def test_records_without_text_or_tokens(page: Any, site: Site) -> None:
+    ids_only, empty = make(uid="ids"), make(uid="none", complete=False, end_reason=None, reward=None)
+    for name in ("piece_len", "piece_bytes", "logprob"):
+        del ids_only.columns[name]
+    empty.columns = {"ids": np.empty(0)}
+    empty.header |= {"n": 0, "segments": [], "versions": [], "turns": [], "messages": []}
+    empty.row |= dict.fromkeys(("tokens", "turns", "tool_calls", "sampled_tokens", "tool_failures", "versions", "advantage"))
+    site.serve(MadeRun([ids_only, empty]))
+    open_run(page, site)
+    page.click('[data-value="trajectories"]')
+    assert page.locator(f'.row[data-key="{empty.key}"]').inner_text().count("not recorded") == 6
+    goto(page, view="tokens", key=ids_only.key)
+    ready(page, "tokens", ids_only.key)
+    sampled = int(np.flatnonzero(ids_only.mask)[3])
+    (fields,) = tooltips(page, [sampled])
+    assert fields["drawn"] == f"#{ids_only.columns['ids'][sampled]}" and fields["text"] == "not recorded"
+    assert fields["logprob"] == "not recorded" and "probability" not in fields
+    goto(page, view="tokens", key=empty.key)
+    ready(page, "tokens", empty.key)
+    assert "has no tokens" in page.locator(".detail").inner_text()
+    goto(page, view="group", key=empty.key)
+    page.wait_for_selector("[data-strips='1']")
+
+
 def test_deep_links(page: Any, site: Site) -> None:
     open_sample(page, site, "train/2/1_3", "tokens", token=133)
     assert page.locator(".tokens-pane").get_attribute("data-token") == "133"

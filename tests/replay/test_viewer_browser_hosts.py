@@ -113,10 +113,15 @@ def test_python_can_point_and_tell_of_changes(tab: Any, site: Site) -> None:
         {type: "event", event: {kind: "goto", link: {key: "train/2/2_1", token: 77}}}, [])""")
     ready(tab, "tokens", "train/2/2_1")
     assert tab.locator(".tokens-pane").get_attribute("data-token") == "77"
-    site.serve(MadeRun([*RUN.trajectories, make(uid="new", step=3)]))
+    tab.locator(".tokens").focus()
+    tab.keyboard.press("ArrowRight")
+    grown = MadeRun([*RUN.trajectories, make(uid="new", step=3)])
+    site.serve(grown)
     tab.evaluate('() => window.shown.model.emit("msg:custom", {type: "event", event: {kind: "changed"}}, [])')
     tab.wait_for_selector(".status-line:has-text('Up to date')")
     assert tab.locator(".frame").get_attribute("data-sample") == "train/2/2_1"
+    assert tab.locator(".tokens-pane").get_attribute("data-token") == "78"  # the reader is left where they were
+    assert {request["kind"] for request in site.requests} == {"overview"}
     tab.evaluate("""() => { window.shown.model.options = {theme: "auto", height: 600, link: null};
         window.shown.model.emit("change:options"); document.body.dataset.jpThemeLight = "false"; }""")
     tab.wait_for_selector(".frame.theme-dark")

@@ -114,6 +114,7 @@ export class App {
   }
 
   async refresh() {
+    const before = this.overview;
     try {
       const { header } = await this.request({ kind: "overview" });
       this.overview = new Overview(header);
@@ -121,11 +122,16 @@ export class App {
       this.fail(error);
       return;
     }
-    this.samples.clear();
+    if (this.destroyed) return;
+    for (const key of this.samples.keys()) {
+      if (!isSettled(before.byKey.get(key), this.overview.byKey.get(key))) this.samples.delete(key);
+    }
+    const hadFocus = this.shadow.activeElement;
     this.views.run.load();
-    this.views.group.group = null;
+    this.views.group.refreshed();
     this.say("Up to date.");
-    await this.go(this.state, { focus: false, replace: true });
+    await this.go(this.state, { focus: false, replace: true, stay: true });
+    if (hadFocus && !this.shadow.activeElement) this.main.focus({ preventScroll: true });
   }
 
   _event(event) {
@@ -199,7 +205,7 @@ export class App {
   }
 
   /** Show what a link names. The view on show stays until all of the next one is there. */
-  async go(link, { focus = true, replace = false } = {}) {
+  async go(link, { focus = true, replace = false, stay = false } = {}) {
     const round = (this.round += 1);
     let view = link.view ?? (link.key === undefined ? "run" : link.token === undefined ? "conversation" : "tokens");
     if (!["run", "group", "conversation", "tokens"].includes(view)) view = "run";
@@ -226,7 +232,7 @@ export class App {
     if (view !== "run") for (const name of ["key", "turn", "token"]) if (link[name] !== undefined) this.state[name] = link[name];
     const shown = view === "conversation" || view === "tokens" ? this.views.sample : this.views[view];
     if (shown.el !== this.main.firstChild) this.main.replaceChildren(shown.el);
-    if (sample) shown.show(sample, row, this.state);
+    if (sample) shown.show(sample, row, this.state, stay);
     else shown.show(this.state);
     this._crumbs(row);
     const moved = before.view !== view || before.key !== this.state.key;
@@ -418,6 +424,12 @@ export class App {
     this.shadow.replaceChildren();
     this.host.close?.();
   }
+}
+
+/** Whether a trajectory is as it was, its trainer's part included. */
+function isSettled(before, now) {
+  const facts = ["complete", "tokens", "turns", "reward", "advantage", "advantage_source"];
+  return Boolean(before && now) && facts.every((name) => before[name] === now[name]) && now.complete;
 }
 
 /** Draw the viewer of what `host` hands out into a shadow root of `root`. */

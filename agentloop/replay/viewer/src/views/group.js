@@ -75,7 +75,7 @@ export class GroupView {
     for (const strip of this.canvases?.values() ?? []) strip.destroy();
     this.canvases = new Map();
     this.longest = Math.max(1, ...group.rows.map((row) => row.tokens ?? 0));
-    this.reference = group.rows[0];
+    this.reference = group.rows.find((row) => row.key === this.wanted) ?? group.rows[0];
     this.other = null;
     const { stats } = group;
     const advantages = new Set(group.rows.map((row) => row.advantage_source).filter(Boolean));
@@ -98,6 +98,15 @@ export class GroupView {
     this.list.reset(group.rows.length);
     this.drawLegend();
     this.drawCompare();
+  }
+
+  /** There is a new overview: look at the group again, from the same sibling. */
+  refreshed() {
+    const key = this.reference?.key;
+    this.group = null;
+    this.round += 1;
+    this.running = false;
+    this.wanted = key;
   }
 
   row(row) {

@@ -59,11 +59,16 @@ export class SampleView {
     this.observer = new IntersectionObserver((entries) => this._seen(entries), { root: this.scroller, rootMargin: `${FAR}px 0px` });
   }
 
-  /** Show `link`, of which the sample has been fetched. */
-  show(sample, row, { view, turn, token }) {
+  /** Show a link, of which the sample has been fetched; `stay`: not if it is on show already. */
+  show(sample, row, { view, turn, token }, stay = false) {
     toggle(this.el, "shows-tokens", view === "tokens");
     for (const tab of this.tabs) tab.setAttribute("aria-pressed", String(tab.dataset.view === view));
-    if (sample !== this.sample || row !== this.row) this.load(sample, row);
+    if (sample === this.sample && row !== this.row) {
+      this.row = row; // of a newer overview
+      this.drawHead();
+    }
+    if (sample !== this.sample) this.load(sample, row);
+    else if (stay) return;
     if (turn !== undefined) this.toTurn(turn, { tokens: token === undefined });
     if (token !== undefined) {
       this.tokens.moveTo(token, { centre: true, quiet: true });

@@ -132,6 +132,7 @@ export class TokensPane {
   // -- what is shown ------------------------------------------------------------------------------------------------
 
   load(sample) {
+    this._clear();
     this.sample = sample;
     this.cursor = 0;
     this.anchor = null;
@@ -140,7 +141,6 @@ export class TokensPane {
     this.findDifferences();
     this.find();
     this.layout();
-    this._clear();
     this.scrollTo(0);
     this.drawLegend();
     this.map.draw();
