@@ -133,7 +133,7 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
         # Not before the tokens that came out of messages: the glue may say the same.
         begin = next((begin for begin, end in begins if end > at), at)
         found = find(whole, text, max(at, begin))
-        if found is None and not id_ and find(whole, text[:_TELLING], 0):  # cut to fit, of which the record does not tell
+        if found is None and not id_ and (CUT.search(whole) or find(whole, text[:_TELLING], 0)):  # of this cut nothing tells
             exact = False
             continue
         if found is None:
