@@ -17,7 +17,6 @@ from agentloop.journal.format import (
     PREFIX_SIZE,
     TOKENS_SUFFIX,
     FileName,
-    FrameRef,
     Place,
     dump_line,
     encode_frame,
@@ -89,42 +88,53 @@ class StepFile:
             head = {"type": "file", "version": 1, "partition": place.partition, "step": place.step}
             self.events.append(dump_line(head | name._asdict()))
             self.rows.size = self.events.size
+        self._events_end, self._tokens_end = self.events.size, self.tokens.size
+        """Where the files end with what is still to be written, which is:"""
+        self._lines: list[bytes] = []
+        self._frames: list[bytes] = []
         self._indexed = 0
         self._index_due = 0.0
 
-    def write(
+    def add(
         self,
         event: dict[str, Any],
         segments: Sequence[Segment],
         decode: PieceBytes | None,
         compressor: zstandard.ZstdCompressor,
     ) -> None:
-        """Append one event; before it the tokens of `segments`, and the texts of those that come for the first time here.
-        Raises `OSError`."""
+        """Take one event, the tokens of `segments`, and the texts of those that come for the first time here; `write` writes
+        them."""
         if segments:
             ids, log_probs = _columns(segments)
             fresh = self.told.untold(ids) if decode is not None else ids[:0]
-            texts = pieces_event(fresh, decode, event["t"]) if decode is not None and len(fresh) else None
+            if decode is not None and len(fresh):
+                self._add_line(pieces_event(fresh, decode, event["t"]))
+                self.told.tell(fresh)
             record, length, crc = encode_frame(ids, log_probs, decode is not None, compressor)
-            offset = self.tokens.append(record) + PREFIX_SIZE
             event.setdefault("start", segments[0].start)
             event["segments"] = [(segment.origin, len(segment.ids)) for segment in segments]
-            event["tok"] = FrameRef(offset, length, crc)._asdict()
-            if texts is not None:
-                self._append(texts, event)
-                self.told.tell(fresh)
-                return
+            event["tok"] = {"off": self._tokens_end + PREFIX_SIZE, "len": length, "crc": crc}
+            self._frames.append(record)
+            self._tokens_end += len(record)
         elif event["type"] == "turn" and decode is not None:
             event["text"] = ""
-        self._append(event)
+        self._add_line(event)
 
-    def _append(self, *events: dict[str, Any]) -> None:
-        lines = [dump_line(event) for event in events]
-        offset = self.events.append(b"".join(lines))
-        for event, line in zip(events, lines, strict=True):
-            self.rows.feed(event, offset, len(line))
-            offset += len(line)
-        self.rows.size = offset
+    def _add_line(self, event: dict[str, Any]) -> None:
+        line = dump_line(event)
+        self.rows.feed(event, self._events_end, len(line))
+        self._lines.append(line)
+        self._events_end += len(line)
+
+    def write(self) -> None:
+        """Write what was taken: the tokens before the events that point to them. Raises `OSError`."""
+        if self._frames:
+            self.tokens.append(b"".join(self._frames))
+            self._frames.clear()
+        if self._lines:
+            self.events.append(b"".join(self._lines))
+            self._lines.clear()
+            self.rows.size = self.events.size
 
     def save_index(self, *, at_once: bool) -> None:
         """Write the index if anything was added since. Raises `OSError`.

@@ -29,6 +29,8 @@ QUEUE_LIMIT = 16_384
 """Events that may wait to be written. A trajectory makes about three a turn."""
 OPEN_FILES = 8
 """Steps whose files are kept open at a time."""
+TOGETHER = 64
+"""Events that are written together at most, if they wait."""
 KEPT_STEPS = 64
 """Steps of which the rows are kept in memory; of older ones only which trajectories are still open."""
 
@@ -287,14 +289,31 @@ class JournalWriter:
     def _run(self) -> None:
         while True:
             item = self._queue.get()
+            waiting: list[_Event] = []
+            while isinstance(item, _Event):
+                waiting.append(item)
+                if len(waiting) == TOGETHER or self._queue.empty():
+                    break
+                item = self._queue.get()
+            self._take_all(waiting)
             if isinstance(item, _Event):
-                self._take(item)
                 continue
-            for place, file in self._files.items():
+            for place, file in list(self._files.items()):
                 self._rest(place, file, at_once=item is None)
             if item is None:
                 return
             item.set()
+
+    def _take_all(self, items: Sequence[_Event]) -> None:
+        """Write what waits together. If that fails, one by one: what begins in here can still be written as a whole."""
+        for item in items:
+            self._take(item)
+        for place in {item.place for item in items}:
+            if not self._write(place):
+                for item in items:
+                    if item.place == place:
+                        self._take(item)
+                        self._write(place)
 
     def _take(self, item: _Event) -> None:
         kind, key = item.body["type"], item.body["id"]
@@ -307,18 +326,32 @@ class JournalWriter:
                 return
             if kind == "traj_end":
                 item.body.update(_run_lengths(item.everything, item.body["turns"]))
-            file.write(item.body, item.segments, self._decode, self._compressor)
+            file.add(item.body, item.segments, self._decode, self._compressor)
             if kind == "traj_end":
                 file.open_ids.discard(key)
         except OSError as error:
-            broken = self._files.pop(item.place, None)
-            if broken is not None:
-                broken.close()
-            self._report("disk", f"{item.place.folder}: {error}")
+            self._drop(item.place, error)
         except Exception as error:
             if item.place in self._files:
                 self._files[item.place].open_ids.discard(key)
             self._report("bug", f"{item.place.folder}: trajectory {key}: {error!r}", trace=True)
+
+    def _write(self, place: Place) -> bool:
+        """`False` if that failed."""
+        try:
+            if place in self._files:
+                self._files[place].write()
+        except OSError as error:
+            self._drop(place, error)
+            return False
+        return True
+
+    def _drop(self, place: Place, error: OSError) -> None:
+        """The trajectories that are open there are lost; the next one that starts finds a new file, or this one's end."""
+        broken = self._files.pop(place, None)
+        if broken is not None:
+            broken.close()
+        self._report("disk", f"{place.folder}: {error}")
 
     def _file(self, place: Place) -> StepFile:
         file = self._files.pop(place, None)
@@ -331,14 +364,14 @@ class JournalWriter:
             for other, idle in list(self._files.items())[:-OPEN_FILES]:
                 over = not idle.open_ids or len(self._files) > KEPT_STEPS
                 self._rest(other, idle, at_once=over)
-                if over:
-                    del self._files[other]
-                    if idle.open_ids:
-                        self._left_open[other] = idle.open_ids
+                if over and self._files.pop(other, None) is not None and idle.open_ids:
+                    self._left_open[other] = idle.open_ids
         return file
 
     def _rest(self, place: Place, file: StepFile, *, at_once: bool) -> None:
         """Bring the index up to date and give the file handles back until the next event."""
+        if not self._write(place):
+            return
         try:
             file.save_index(at_once=at_once)
             file.close()
