@@ -116,7 +116,9 @@ class Payload:
                 if kind == "search" and "search" in self._can:
                     return Answer(self.search(str(request["text"]), request.get("keys"), int(request.get("limit") or 100)))
         except (AgentloopError, OSError) as wrong:
-            return error(str(wrong))
+            # A page that is handed on does not tell of this machine's folders.
+            path = str(self.run.path)
+            return error(str(wrong) if "refresh" in self._can else str(wrong).replace(path, self.run.path.name))
         except (KeyError, TypeError, ValueError) as wrong:
             return error(f"a malformed request of kind {kind!r}: {wrong!r}")
         return error(f"a request of kind {kind!r} is not known here")

@@ -10,6 +10,9 @@ import http.client
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -318,3 +321,22 @@ def test_export_writes_a_page(recorded: Recorded, tmp_path: Path) -> None:
     assert "no trajectories of step 7" in str(export("--steps", "1,7").exception)
     error = run_command(convert.export, str(recorded.path), str(tmp_path / "x.jsonl"), "--ids", "even_0").exception
     assert isinstance(error, ConfigError) and "--ids goes with --to html" in str(error)
+
+
+@needs_build
+def test_view_serves_until_it_is_interrupted(recorded: Recorded) -> None:
+    arguments = [sys.executable, "-m", "agentloop.cli", "view", str(recorded.path), "even_0", "--step", "1", "--no-browser"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            match = re.search(r"http://127\.0\.0\.1:(\d+)(/\?token=\S+)#key=train%2F1%2Feven_0$", line)
+            assert match, line
+            connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=20)
+            connection.request("GET", match[2])
+            assert connection.getresponse().status == 200
+            connection.close()
+        finally:
+            process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=30)
+    assert process.returncode == 0 and not complaints
