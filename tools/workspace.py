@@ -12,9 +12,10 @@ import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from uuid import uuid4
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from pydantic import Field
 
@@ -118,7 +119,15 @@ class SandboxConfig(Strict):
     """A kind, or a mapping with `kind` and that kind's settings (`docs/sandboxes.md`)."""
 
 
-_sandboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Sandbox]] = WeakKeyDictionary()
+@dataclass(eq=False)
+class _Shared:
+    """A sandbox, and the tools that have used it and are not closed: of one registry, and of others with equal settings."""
+
+    sandbox: Sandbox
+    users: WeakSet[SandboxTool] = field(default_factory=WeakSet)
+
+
+_sandboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Shared]] = WeakKeyDictionary()
 _workspaces: dict[tuple[str, str], Workspace] = {}
 """By session of a registry and sandbox."""
 
@@ -148,8 +157,9 @@ class SandboxTool(BaseTool):
         """The process's, for this tool's settings; each event loop has its own."""
         loops = _sandboxes.setdefault(asyncio.get_running_loop(), {})
         if self._key not in loops:
-            loops[self._key] = load_sandbox(self.settings.sandbox, where="key 'config.sandbox'")
-        return loops[self._key]
+            loops[self._key] = _Shared(load_sandbox(self.settings.sandbox, where="key 'config.sandbox'"))
+        loops[self._key].users.add(self)
+        return loops[self._key].sandbox
 
     async def create(self, instance_id: str, files: Mapping[str, str | bytes] | None = None) -> None:  # type: ignore[override]
         """`files`: what the session begins with, by path. One that is `None` is left out: a table of rows has the paths of all
@@ -175,10 +185,15 @@ class SandboxTool(BaseTool):
             await workspace.close()
 
     async def close(self) -> None:
-        """Closes the sandbox, with all its sessions, for every tool that shares it; the next use makes another."""
-        sandbox = _sandboxes.get(asyncio.get_running_loop(), {}).pop(self._key, None)
-        if sandbox is not None:
-            await sandbox.close()
+        """Gives the sandbox up: the last tool that shares it closes it, with all sessions. The next use makes another."""
+        loops = _sandboxes.get(asyncio.get_running_loop(), {})
+        shared = loops.get(self._key)
+        if shared is None or self not in shared.users:
+            return
+        shared.users.discard(self)
+        if not shared.users:
+            del loops[self._key]
+            await shared.sandbox.close()
 
 
 def _checked(files: Any) -> dict[str, str | bytes]:

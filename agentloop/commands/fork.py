@@ -54,6 +54,7 @@ def fork(
     from agentloop.cassette import fork as fork_run
     from agentloop.cassette import load_engine, loop_of
     from agentloop.cassette.setup import reward_of, tokenizer_of
+    from agentloop.rewards.spec import close_all
 
     opened = open_run(run)
     if engine == "cassette":
@@ -86,6 +87,7 @@ def fork(
             await parts.engine.close()
             if parts.tools is not None:
                 await parts.tools.close()
+            await close_all([parts.reward])
 
     made = asyncio.run(go_on())
     console = new_console()

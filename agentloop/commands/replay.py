@@ -51,6 +51,7 @@ def replay(
     from agentloop.cassette import Cassette, Replay, loop_of
     from agentloop.cassette import replay as replay_run
     from agentloop.cassette.setup import reward_of
+    from agentloop.rewards.spec import close_all
 
     if engine != "cassette":
         raise ConfigError(f"replay: the engine is the cassette, not '{engine}'; agentloop fork goes on with another engine")
@@ -93,6 +94,7 @@ def replay(
             total.damaged += made.damaged
         if parts.tools is not None:
             await parts.tools.close()
+        await close_all([function])
 
     asyncio.run(play())
     if as_json:

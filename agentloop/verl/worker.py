@@ -16,6 +16,7 @@ from agentloop.errors import ConfigError
 from agentloop.journal.base import Recorder, Tee
 from agentloop.loop import AgentLoop
 from agentloop.progress import Progress
+from agentloop.rewards.spec import close_all
 from agentloop.rollout import Rollout
 from agentloop.trajectory import Sample, Trajectory
 from agentloop.verl.metrics import SUMMARY, Summary, summarize
@@ -197,6 +198,7 @@ class RolloutWorker:
         await self.rollout.cancel()
         if self.loop.tools is not None:
             await self.loop.tools.close()
+        await close_all([self.loop.reward])
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
 

@@ -27,6 +27,7 @@ from agentloop.errors import ConfigError
 from agentloop.loop import AgentLoop
 from agentloop.rewards.base import RewardFunction
 from agentloop.rewards.function import FunctionReward
+from agentloop.rewards.spec import close_all
 from agentloop.rollout import Rollout
 from agentloop.tools.registry import ToolRegistry
 from agentloop.trajectory import CallStatus, EndReason, Sample, Trajectory
@@ -193,6 +194,7 @@ async def roll_out(
         await engine.close()
         if tools is not None:
             await tools.close()
+        await close_all([reward])
 
 
 def evaluate(folder: Path, problems: Sequence[Problem], **kwargs: Any) -> Report:

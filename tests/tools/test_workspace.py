@@ -49,6 +49,17 @@ async def file(session: Any, action: str, path: str = ".", **arguments: Any) -> 
     return await call(session, "file", {"action": action, "path": path, **arguments})
 
 
+async def test_a_registry_that_closes_leaves_anothers_sandbox_open(registry: ToolRegistry) -> None:
+    other = ToolRegistry.from_tools([Python({"sandbox": BOX})])
+    async with opened(registry) as session:
+        await python(session, "x = 6")
+        async with opened(other) as another:
+            await python(another, "x = 1")
+        await other.close()
+        await other.close()
+        assert (await python(session, "x * 7")).text == "42"
+
+
 # -- one session ----------------------------------------------------------------------------------------------------------
 
 
