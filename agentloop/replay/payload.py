@@ -194,7 +194,7 @@ class Payload:
             "reward": [_finite(row.reward) for row in rows],
             "components": [dict(row.components) for row in rows],
             "tool_failures": [told(row, "tool_status", dict(row.tool_failures)) for row in rows],
-            "parse_errors": [known.parse_errors for known in facts],
+            "parse_errors": [told(row, "tool_calls", known.parse_errors) for row, known in zip(rows, facts, strict=True)],
             "cut_turns": [told(row, "stop_reason", known.cut_turns) for row, known in zip(rows, facts, strict=True)],
             "retries": [told(row, "tool_calls", known.retries) for row, known in zip(rows, facts, strict=True)],
             "versions": [list(known.versions) for known in facts],
@@ -294,8 +294,9 @@ def _last_user_message(row: Row) -> str | None:
             offset, length = row.lines[0]
             file.seek(offset)
             messages = load_line(file.read(length))["sample"]["messages"]
-        content = next(message["content"] for message in reversed(messages) if message.get("role") == "user")
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, StopIteration):
+        asked = [message for message in messages if message.get("role") == "user"] or messages
+        content = asked[-1]["content"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
     if not isinstance(content, str):
         content = dump_json(content).decode()
@@ -354,12 +355,12 @@ def _turn(row: Row, turn: Turn, text: str | None, t: float | None) -> dict[str, 
         "stop_reason": told(row, "stop_reason", turn.stop_reason),
         "weight_version": turn.weight_version,
         "min_weight_version": turn.min_weight_version,
-        "cached_tokens": turn.cached_tokens,
+        "cached_tokens": told(row, "tokens", turn.cached_tokens),
         "generate_s": told(row, "generate_s", turn.generate_s),
         "tools_s": told(row, "tool_s", turn.tools_s) if row.complete else None,  # known when it has ended
         "t": t,
         "parse_errors": turn.parse_errors,
-        "closed_by_template": turn.closed_by_template,
+        "closed_by_template": told(row, "stop_reason", turn.closed_by_template),
         "calls": [_call(row, record) for record in turn.calls],
     }
 

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from agentloop.errors import ConfigError
 from agentloop.journal import JournalWriter, Run
 from agentloop.replay.forks import forker
 from agentloop.replay.html import DIST, Page
-from agentloop.replay.notebook import link_to
+from agentloop.replay.notebook import detect_mode, link_to
 from agentloop.replay.payload import Payload
 from agentloop.replay.server import ReplayServer
 from tests.journal.conversations import conversation, decode
@@ -180,6 +181,23 @@ def test_the_widgets_state_holds_no_data(recorded: Recorded) -> None:
     assert sent[-1][0] == {"type": "event", "event": {"kind": "goto", "link": {"key": "train/2/even_1", "turn": 1}}}
     widget.refresh()
     assert sent[-1][0]["event"] == {"kind": "changed"}
+
+
+def test_auto_takes_what_the_place_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("anywidget", reason="anywidget is not installed")
+    for name in ("VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG"):
+        monkeypatch.delenv(name, raising=False)
+    assert detect_mode() == "html", "a script"
+    shell = SimpleNamespace(kernel=object(), user_ns={})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert detect_mode() == "widget"
+    shell.user_ns["__vsc_ipynb_file__"] = "x.ipynb"
+    assert detect_mode() == "iframe", "VS Code"
+    shell.user_ns.clear()
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert detect_mode() == "iframe", "Colab"
+    monkeypatch.setitem(sys.modules, "marimo", SimpleNamespace(running_in_notebook=lambda: True))
+    assert detect_mode() == "widget", "marimo"
 
 
 # -- forks ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from agentloop.journal import JournalWriter, Run
+from agentloop.journal.imports import import_run
+from agentloop.replay import to_frame
 from agentloop.replay.payload import Answer, Payload
 from agentloop.trajectory import Trajectory
 from tests.journal.conversations import conversation, decode, finish
@@ -209,3 +211,28 @@ def test_headers_are_json_everywhere() -> None:
     told = json.loads(answer.json())
     assert told == {"kind": "x", "nan": None, "text": "a\ufffdb", "huge": 2**70}
     answer.json().decode("utf-8")
+
+
+def test_what_an_import_does_not_know_is_not_recorded(tmp_path: Path) -> None:
+    lines = [
+        {"input": "user\nWhat is 1+1?\n", "output": f"It is {i}.", "gts": "2", "score": float(i), "step": 1} for i in range(2)
+    ]
+    (tmp_path / "dump").mkdir()
+    (tmp_path / "dump" / "1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    import_run(tmp_path / "dump", "verl", tmp_path / "run")
+    payload = Payload(Run(tmp_path / "run"))
+    overview = ask(payload, kind="overview")
+    row = rows(overview)["train/1/p0_1"]
+    unknown = ("turns", "tokens", "tool_calls", "tool_failures", "parse_errors", "cut_turns", "retries", "t", "total_s")
+    assert {name: row[name] for name in unknown} == dict.fromkeys(unknown)
+    assert (row["reward"], row["end_reason"], row["badges"]) == (1.0, "not recorded", [])
+    assert "What is 1+1?" in overview["groups"]["train/1/p0"]["prompt"]
+    header, columns = opened(payload.answer({"kind": "sample", "key": "train/1/p0_1"}).frame())
+    assert header["n"] == 0 and not len(columns["ids"])
+    (turn,) = header["turns"]
+    assert turn["text"] == "It is 1."
+    assert {turn[name] for name in ("generate_s", "tools_s", "stop_reason", "t", "cached_tokens")} == {None}
+    pd = pytest.importorskip("pandas")
+    frame = to_frame(tmp_path / "run").iloc[0]
+    assert all(pd.isna(frame[name]) for name in (*unknown[:-2], "started", "total_s", "end_reason"))
+    assert to_frame(tmp_path / "run", "turn").start.isna().all()
