@@ -62,10 +62,12 @@ def _by_tokens(batch: Batch, subjects: Sequence[Subject]) -> tuple[list[Subject 
         same = by_ids.get(_tokens(batch, row).tobytes(), [])
         uid = (batch.uid(row) or "").split(FILLER)[0]
         free = [s for s in same if id(s) not in taken]
-        choice = next((s for s in free if s.uid == uid), free[0] if free else None)
-        if choice is not None:
-            paired[row] = choice
-            taken.add(id(choice))
+        free = [s for s in free if s.uid == uid] or free
+        if len(free) > 1:  # which said the same: the one whose the rest of the row is
+            free.sort(key=lambda s: sum(1 for _ in _row(batch, row, s, ())))
+        if free:
+            paired[row] = free[0]
+            taken.add(id(free[0]))
     found: list[Finding] = []
     for row in range(len(batch)):
         if paired[row] is not None or batch.fillers[row]:

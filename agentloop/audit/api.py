@@ -144,7 +144,9 @@ def audit_batch(
             "token_level_scores",
         }
         told = {row for row, subject in enumerate(paired) if subject is not None}
-        kept = [f for f in alone if f.row not in told or f.column not in compared_columns or f.invariant == "group"]
+        known = [f for f in alone if f.row not in told or f.column not in compared_columns]
+        # What only the trainer's side or the other rows tell is kept.
+        kept = known + [f for f in alone if f.invariant == "group" or (f.invariant == "log_probs" and "trainer" in f.message)]
         report.add(found)
         report.add(f for f in kept if (f.row, f.column) not in seen)
     if "advantages" not in own.tensors:

@@ -74,6 +74,7 @@ def _group(members: Sequence[Subject]) -> Iterator[Finding]:
     for member in members:
         if member.sample.messages != first.sample.messages:
             yield member.finding("group", "its sample's messages are not those of its siblings")
+    yield from _seeds(members)
     temperatures = Counter((member.sampling or {}).get("temperature") for member in members)
     temperatures.pop(None, None)
     if len(temperatures) > 1:
@@ -84,6 +85,20 @@ def _group(members: Sequence[Subject]) -> Iterator[Finding]:
                 yield member.finding(
                     "group", f"it was sampled at temperature {own}", expected=f"{usual_temperature}, as its siblings"
                 )
+
+
+def _seeds(members: Sequence[Subject]) -> Iterator[Finding]:
+    """Siblings with one seed would be one sample, twice."""
+    seen: dict[tuple[int, int], Subject] = {}
+    for member in sorted(members, key=lambda member: (member.sibling, member.attempt)):
+        for turn in member.turns:
+            if turn.seed is None or turn.end == turn.start:
+                continue
+            other = seen.setdefault((turn.index, turn.seed), member)
+            if other is not member and other.id != member.id:
+                message = f"turn {turn.index} was sampled with the seed of {other.id}"
+                yield member.finding("group", message, min(turn.start, len(member) - 1), expected="a seed of its own")
+                break
 
 
 def _all_there(members: Sequence[Subject]) -> Iterator[Finding]:

@@ -349,6 +349,9 @@ def _reward(subject: Subject) -> Iterator[Finding]:
         if not isinstance(value, int | float | np.number) or not math.isfinite(value):
             yield subject.finding("reward", f"its {name} is {value!r}", expected="a finite number")
             return
+    if set(reward.components) == {"penalty"} and reward.value != reward.components["penalty"]:
+        message = f"its value is {reward.value:g}, and it is made of a penalty of {reward.components['penalty']:g} alone"
+        yield subject.finding("reward", message, expected=f"{reward.components['penalty']:g}")
     if len(reward.turns) > len(subject.turns):
         yield subject.finding("reward", f"{len(reward.turns)} turns are rewarded, and there are {len(subject.turns)}")
 

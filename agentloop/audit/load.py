@@ -277,6 +277,7 @@ def _turn(event: Mapping[str, Any]) -> Turn:
         min_weight_version=event["min_weight_version"],
         cached_tokens=event["cached_tokens"],
         max_tokens=event.get("max_tokens"),
+        seed=event.get("seed"),
         prompt_crc=event.get("prompt_crc"),
     )
     if "versions" in event:

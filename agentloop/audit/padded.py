@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from agentloop.audit.advantages import odd_ones
 from agentloop.audit.ledger import ABOVE_ZERO, BELOW_ALL
 from agentloop.audit.report import Finding
+from agentloop.audit.trained import Compared, check_agreement
 
 NEEDED = ("prompts", "responses", "attention_mask")
 REWARDS = ("rm_scores", "token_level_scores", "token_level_rewards")
@@ -147,6 +148,7 @@ def check_batch(batch: Batch, estimator: str | None = None) -> Iterator[Finding]
     yield from _positions(batch)
     yield from _mask(batch)
     yield from _log_probs(batch)
+    yield from check_agreement(list(_sides(batch)))
     yield from _rewards(batch)
     yield from _groups(batch)
     yield from _columns(batch)
@@ -334,6 +336,24 @@ def _log_probs(batch: Batch) -> Iterator[Finding]:
         yield batch.finding("log_probs", row, "rollout_log_probs", message, at, expected="its own")
 
 
+def _sides(batch: Batch) -> Iterator[Compared]:
+    """The trainer's log-probabilities beside the rollout's, row by row; none if the trainer took them over."""
+    ours, theirs = (batch.tensors.get(name) for name in ("rollout_log_probs", "old_log_probs"))
+    if ours is None or theirs is None or np.array_equal(ours[batch.mask], theirs[batch.mask]):
+        return
+    for row in range(len(batch)):
+        mask = batch.mask[row]
+        if not mask.any() or not np.isfinite(ours[row][mask]).all():
+            continue
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+        spans = [(turn, int(start), int(end)) for turn, (start, end) in enumerate(edges.reshape(-1, 2))]
+
+        def finding(invariant: str, message: str, place: int, *, expected: str, row: int = row) -> Finding:
+            return batch.finding(invariant, row, "rollout_log_probs", message, place, expected=expected)
+
+        yield Compared(finding, np.flatnonzero(mask), spans, ours[row][mask], theirs[row][mask], "the trainer's")
+
+
 def _rewards(batch: Batch) -> Iterator[Finding]:
     for name in REWARDS:
         values = batch.tensors.get(name)
@@ -344,6 +364,15 @@ def _rewards(batch: Batch) -> Iterator[Finding]:
             placed = np.flatnonzero(values[row] != 0)
             if not len(placed):
                 continue
+            other = batch.tensors.get("rm_scores")
+            if (
+                name == "token_level_scores"
+                and other is not None
+                and not np.array_equal(other[row], values[row], equal_nan=True)
+            ):
+                place = int((other[row] != values[row]).argmax())
+                message = f"the score is {float(values[row, place]):g}"
+                yield batch.finding("reward", row, name, message, place, expected=f"{float(other[row, place]):g}, as rm_scores")
             unreal = np.flatnonzero(~np.isfinite(values[row]))
             if len(unreal):
                 message = f"the reward is {float(values[row, unreal[0]])}"

@@ -26,6 +26,8 @@ CONTROL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _BOS = re.compile(r"(?i)^(<s>|<bos>|<[|｜](begin[_▁]of[_▁](text|sentence)|startoftext|start_of_text)[|｜]>)$")
 CUT = re.compile(r"(?i)\[… \d+ tokens left out …\]")
 """`agentloop.tools.cut`."""
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]{3,100}")
+"""What no format of calls writes otherwise."""
 _UNKNOWN = re.compile("<unk>|\ufffd")
 _ALIKE = 3
 """Pieces of glue that must be the same before another one is odd for its white space."""
@@ -123,6 +125,7 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
     texts = [(record.call.name, record.call.id, clean(record.text)) for record in turn.calls]
     texts += [("", "", clean(f"Error: {error}")) for error in turn.parse_errors]
     whole = pieces.text(first, until)
+    yield from _asked_for(subject, turn)
     at, exact = 0, True
     bounds: list[tuple[int, int]] = []
     begins = _observed(subject, first, until)
@@ -162,6 +165,21 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
         yield subject.finding(
             "observation", "the opening of the next turn is not the prompt's", token, expected=repr(its[char:])
         )
+
+
+def _asked_for(subject: Subject, turn: Turn) -> Iterator[Finding]:
+    """The calls of a turn stand in what the model wrote in it: their names, and what of their arguments is plain."""
+    assert subject.pieces is not None
+    said = subject.pieces.text(min(turn.start, len(subject)), min(turn.end, len(subject)))
+    for record in turn.calls:
+        values = record.call.arguments.values() if isinstance(record.call.arguments, Mapping) else ()
+        for plain in (record.call.name, *values):
+            if isinstance(plain, str) and _PLAIN.fullmatch(plain) and find(said, plain, 0) is None:
+                message = (
+                    f"the call {record.call.id} says {_short(plain)!r}, which the model did not write in turn {turn.index}"
+                )
+                yield subject.finding("observation", message, min(turn.end, len(subject) - 1), turn=turn.index)
+                return
 
 
 def _observed(subject: Subject, first: int, until: int) -> list[tuple[int, int]]:

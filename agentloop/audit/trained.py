@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +23,27 @@ _FEW = 4
 
 @dataclass(frozen=True)
 class Compared:
-    """Two sides' log-probabilities of the sampled tokens of one trajectory, n of them."""
+    """Two sides' log-probabilities of the n sampled tokens of one trajectory."""
 
-    subject: Subject
+    finding: Callable[..., Finding]
+    """As `Subject.finding`: invariant, message, place, and `expected`."""
     places: NDArray[np.int64]
     """Which tokens these are, (n,)."""
+    spans: Sequence[tuple[int, int, int]]
+    """Turn, first place and one past the last, of each turn."""
     ours: NDArray[np.float32]
     theirs: NDArray[np.float32]
     who: str
     """Whose the other ones are."""
 
 
-def compared(subject: Subject, theirs: Any, who: str, counted: Any = None) -> Compared | None:
-    """`theirs`: (T,), over all tokens. `counted`: (T,), which of the sampled ones to compare."""
-    places = np.flatnonzero(subject.sampled & ~np.isnan(subject.log_probs) & (True if counted is None else counted))
+def compared(subject: Subject, theirs: Any, who: str) -> Compared | None:
+    """`theirs`: (T,), over all tokens."""
+    places = np.flatnonzero(subject.sampled & ~np.isnan(subject.log_probs))
     if not len(places):
         return None
-    return Compared(subject, places, subject.log_probs[places], np.asarray(theirs, np.float32)[places], who)
+    spans = [(turn.index, start, end) for turn, start, end in subject.spans()]
+    return Compared(subject.finding, places, spans, subject.log_probs[places], np.asarray(theirs, np.float32)[places], who)
 
 
 def check_agreement(sides: Sequence[Compared]) -> Iterator[Finding]:
@@ -61,12 +65,16 @@ def check_agreement(sides: Sequence[Compared]) -> Iterator[Finding]:
     slope = float(np.corrcoef(difference, ours)[0, 1])
     if abs(slope) > SYSTEMATIC:
         side = max(rest, key=lambda side: float(np.abs(side.theirs - side.ours).max()))
-        at = int(side.places[int(np.abs(side.theirs - side.ours).argmax())])
+        at = int(np.abs(side.theirs - side.ours).argmax())
         message = (
-            f"{rest[0].who} log-probabilities differ from the rollout's by {mean:.3f} on average, the more the less likely a "
+            f"{side.who} log-probabilities differ from the rollout's by {mean:.3f} on average, the more the less likely a "
             f"token is (correlation {slope:.2f}): as those before temperature differ from those after it"
         )
-        yield side.subject.finding("log_probs", message, at)
+        yield side.finding("log_probs", message, int(side.places[at]), expected=_about(side, at))
+
+
+def _about(side: Compared, at: int) -> str:
+    return f"about {float(side.theirs[at]):.4f}"
 
 
 def _finite(side: Compared) -> Finding | None:
@@ -74,7 +82,7 @@ def _finite(side: Compared) -> Finding | None:
     if not len(wrong):
         return None
     message = f"{side.who} log-probability is {float(side.theirs[wrong[0]])}"
-    return side.subject.finding("train_side", message, int(side.places[wrong[0]]), expected="a finite number")
+    return side.finding("train_side", message, int(side.places[wrong[0]]), expected="a finite number")
 
 
 def _shifted(side: Compared) -> Finding | None:
@@ -86,26 +94,23 @@ def _shifted(side: Compared) -> Finding | None:
         if float(np.abs(a - b).mean()) < 0.1 * apart:
             at = int(np.flatnonzero(np.abs(side.theirs - side.ours) > 0.5 * apart)[0])
             message = f"its log-probability is that of the {name} sampled token in {side.who} numbers: they are shifted by one"
-            return side.subject.finding(
-                "log_probs", message, int(side.places[at]), expected=f"about {float(side.theirs[at]):.4f}"
-            )
+            return side.finding("log_probs", message, int(side.places[at]), expected=_about(side, at))
     return None
 
 
 def _apart(side: Compared) -> Finding | None:
     """Each turn by itself: a retry's stale numbers are of one turn."""
-    for turn, start, end in side.subject.spans():
-        here = (side.places >= start) & (side.places < end)
-        if int(here.sum()) < _FEW:
+    for turn, start, end in side.spans:
+        here = np.flatnonzero((side.places >= start) & (side.places < end))
+        if len(here) < _FEW:
             continue
         difference = np.abs(side.theirs - side.ours)[here]
         # The median, so that a few tokens that moved far do not count as another model.
         if float(difference.mean()) > APART and float(np.median(difference)) > APART / 2:
-            at = int(np.flatnonzero(difference > APART / 2)[0])
-            place, mean = int(side.places[here][at]), float(difference.mean())
+            at = int(here[np.flatnonzero(difference > APART / 2)[0]])
             message = (
-                f"{side.who} log-probabilities of turn {turn.index} differ from the rollout's by {mean:.3f} on average: "
-                "they are of other weights, another temperature or other tokens"
+                f"{side.who} log-probabilities of turn {turn} differ from the rollout's by {float(difference.mean()):.3f} on "
+                "average: they are of other weights, another temperature or other tokens"
             )
-            return side.subject.finding("log_probs", message, place, expected=f"about {float(side.theirs[here][at]):.4f}")
+            return side.finding("log_probs", message, int(side.places[at]), expected=_about(side, at))
     return None

@@ -424,3 +424,38 @@ def test_files(tmp_path: Path) -> None:
         read_batch(tmp_path / "gone.pt")
     with pytest.raises(ConfigError, match="got int"):
         audit_batch(3)
+
+
+def with_trainer(seed: int = 0) -> Any:
+    """The batch with the trainer's log-probabilities, a little off as another kernel's are."""
+    batch = make()
+    noise = torch.randn(batch.batch["rollout_log_probs"].shape, generator=torch.Generator().manual_seed(seed)) * 0.01
+    batch.batch["old_log_probs"] = (batch.batch["rollout_log_probs"] + noise).clip(max=0)
+    batch.batch["token_level_scores"] = batch.batch["rm_scores"].clone()
+    return batch
+
+
+def test_the_trainers_log_probs_are_held_against_the_rollouts() -> None:
+    audit_batch(with_trainer()).raise_if_any()
+    audit_batch(with_trainer(), list(step())).raise_if_any()
+    batch = with_trainer()
+    batch.batch["rollout_log_probs"] *= 0.95  # as before a temperature a little below 1, everywhere
+    assert "correlation" in audit_batch(batch).of("log_probs")[0].message
+    batch = with_trainer()
+    values, mask = batch.batch["rollout_log_probs"][VICTIM], batch.batch["response_mask"][VICTIM] == 1
+    values[mask] = torch.roll(values[mask], 1)
+    finding = audit_batch(batch).of("log_probs")[0]
+    assert (finding.row, finding.place) == (VICTIM, 0)
+    assert "shifted by one" in finding.message
+    batch = with_trainer()
+    turn = step()[VICTIM].turns[1]
+    span = slice(turn.start - step()[VICTIM].prompt_len, turn.end - step()[VICTIM].prompt_len)
+    batch.batch["rollout_log_probs"][VICTIM, span] = batch.batch["rollout_log_probs"][VICTIM, span].flip(0)
+    finding = audit_batch(batch).of("log_probs")[0]
+    assert (finding.row, finding.turn) == (VICTIM, 1)
+
+
+def test_scores_that_are_not_the_rewards() -> None:
+    batch = with_trainer()
+    batch.batch["token_level_scores"][VICTIM, 3] += 1
+    assert audit_batch(batch).of("reward")[0].row == VICTIM

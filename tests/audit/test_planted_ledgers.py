@@ -223,6 +223,8 @@ def stale_log_probs_after_a_retry() -> Planted:
     pieces[place] = (origin, ids, turn, [*old.log_probs[:n], *values[n:]])
     retried = rebuilt(again, pieces)
     retried.sibling, retried.attempt = first.sibling, 1
+    for turn_ in retried.turns:
+        turn_.seed = None
     differs = next(i for i in range(n) if ids[i] != old.ids[i])
     trajectories[at : at + 1] = [failed, retried]
     return Planted(trajectories, "log_probs", retried.id, again.turns[0].start + differs)
@@ -490,6 +492,21 @@ def masked_but_rewarded() -> Planted:
     return with_victim(make, "masked", None)
 
 
+def seed_of_a_sibling() -> Planted:
+    trajectories = list(step())
+    at = victim_of(trajectories)
+    return with_victim(lambda t: changed_turn(t, 0, seed=trajectories[at - 1].turns[0].seed), "group", start(0))
+
+
+def call_that_the_model_did_not_write() -> Planted:
+    def make(t: Trajectory) -> Trajectory:
+        record = t.turns[1].calls[0]
+        other = replace(record, call=replace(record.call, arguments={"key": "0.123999"}))
+        return changed_turn(t, 1, calls=[other])
+
+    return with_victim(make, "observation", end(1))
+
+
 def turn_over_its_budget() -> Planted:
     return with_victim(lambda t: changed_turn(t, 1, max_tokens=3), "lengths", start(1, 3))
 
@@ -535,6 +552,8 @@ BUGS: list[Callable[[], Planted]] = [
     reward_lost,
     failed_but_trained,
     masked_but_rewarded,
+    seed_of_a_sibling,
+    call_that_the_model_did_not_write,
     turn_over_its_budget,
 ]
 
