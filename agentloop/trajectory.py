@@ -138,6 +138,8 @@ class Segment:
     """The turn it belongs to: 0-based; the prompt is -1. What follows a turn's sampled tokens belongs to that turn."""
     log_probs: tuple[float, ...] | None = None
     """Of the sampled tokens under the sampling temperature; `None` for every other origin, or if not asked for."""
+    packed: bytes = field(default=b"", repr=False, compare=False)
+    """`ids` as unsigned 32-bit integers, as the ledger has them anyway; empty in a segment that was made by hand."""
 
     @property
     def end(self) -> int:
@@ -326,11 +328,11 @@ class Trajectory:
         except (TypeError, OverflowError) as error:
             raise LedgerError(f"trajectory {self.id}: {origin} tokens are not all token ids: {error}") from error
         plain = packed.tolist()  # Python's own ints, whatever kind of integers came in
-        self._segments.append(
-            Segment(origin, tuple(plain), len(self._ids), turn, None if log_probs is None else tuple(log_probs))
-        )
+        values = None if log_probs is None else tuple(log_probs)
+        segment = Segment(origin, tuple(plain), len(self._ids), turn, values, packed.tobytes())
+        self._segments.append(segment)
         self._ids.extend(plain)
-        self._crc = zlib.crc32(packed.tobytes(), self._crc)
+        self._crc = zlib.crc32(segment.packed, self._crc)
 
     # -- what is derived --------------------------------------------------------------------------------------------
 

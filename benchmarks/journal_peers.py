@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -31,6 +32,8 @@ class Record:
     ids: list[int]
     log_probs: list[float]
     mask: list[int]
+    piece_lens: Any
+    """uint16: bytes of text of each token."""
     reward: float
     facts: dict[str, Any]
 
@@ -170,6 +173,59 @@ class MsgpackZstd(Peer):
         return [row[1] for row in self.rows()]
 
 
+class Sidecar(Peer):
+    """JSON lines that point into a file of compressed token columns, one frame a turn, and an index: the journal at its
+    plainest. Nothing is flushed or told apart in it, it is written when all is known, and each frame has its tokens' texts."""
+
+    name = "jsonl_sidecar"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.events, self.tokens, self.index = ((folder / name).open("wb") for name in ("events", "tokens", "index"))
+        self.compressor = zstandard.ZstdCompressor(level=1)
+
+    def write(self, records: Sequence[Record]) -> None:
+        for record in records:
+            text, at, began, frames = (record.prompt + record.response).encode(), 0, 0, []
+            for end in [turn[1] for turn in record.facts["turns"]]:
+                ids, values, lens = record.ids[began:end], record.log_probs[began:end], record.piece_lens[began:end]
+                size = int(lens.sum())
+                parts = (array("I", ids).tobytes(), array("f", values).tobytes(), lens.tobytes(), text[at : at + size])
+                frame = self.compressor.compress(b"".join(parts))
+                frames.append([self.tokens.tell(), len(frame), end - began, zlib.crc32(frame)])
+                self.tokens.write(frame)
+                at, began = at + size, end
+            line = orjson.dumps({"id": record.id, "score": record.reward, "frames": frames, **record.facts}) + b"\n"
+            self.index.write(orjson.dumps([record.id, record.reward, self.events.tell(), len(line)]) + b"\n")
+            self.events.write(line)
+
+    def close(self) -> None:
+        for file in (self.events, self.tokens, self.index):
+            file.close()
+
+    def rows(self) -> list[Any]:
+        return [orjson.loads(line) for line in (self.folder / "index").read_bytes().splitlines()]
+
+    def read(self, number: int) -> list[int]:
+        if not hasattr(self, "known"):
+            self.known = self.rows()
+        _, _, offset, length = self.known[number]
+        with (self.folder / "events").open("rb") as file:
+            file.seek(offset)
+            line = orjson.loads(file.read(length))
+        ids: list[int] = []
+        with (self.folder / "tokens").open("rb") as file:
+            for offset, length, n, crc in line["frames"]:
+                file.seek(offset)
+                frame = file.read(length)
+                assert zlib.crc32(frame) == crc
+                ids += np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint32, n).tolist()
+        return ids
+
+    def rewards(self) -> list[float]:
+        return [row[1] for row in self.rows()]
+
+
 class Sqlite(Peer):
     """One row a trajectory in WAL mode, the message compressed."""
 
@@ -276,12 +332,12 @@ class Zip(Peer):
 
 
 def packed(record: Record) -> dict[str, Any]:
-    columns = {"ids": array("I", record.ids), "log_probs": array("f", record.log_probs), "mask": array("B", record.mask)}
-    return record.plain() | {name: column.tobytes() for name, column in columns.items()}
+    ids, values, mask = array("I", record.ids), array("f", record.log_probs), array("B", record.mask)
+    return record.plain() | {"ids": ids.tobytes(), "log_probs": values.tobytes(), "mask": mask.tobytes()}
 
 
 def ids_of(message: Any) -> list[int]:
     return [int(i) for i in np.frombuffer(message["ids"], np.uint32).tolist()]
 
 
-PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Jsonl, OrjsonLines, MsgpackZstd, Parquet, Sqlite, Zip)}
+PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (Jsonl, OrjsonLines, Sidecar, MsgpackZstd, Parquet, Sqlite, Zip)}

@@ -156,7 +156,7 @@ class StepFile:
 
 def _columns(segments: Sequence[Segment]) -> tuple[Any, Any]:
     """Ids (uint32, (n,)) and log-probabilities (float32, (n,), NaN where there is none; or `None`)."""
-    ids = [struct.pack(f"{len(segment.ids)}I", *segment.ids) for segment in segments]
+    ids = [segment.packed or struct.pack(f"{len(segment.ids)}I", *segment.ids) for segment in segments]
     log_probs = None
     if any(segment.log_probs is not None for segment in segments):
         values = [
