@@ -10,17 +10,22 @@ and end when the browser has drawn; memory is what the browser's processes keep 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import random
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from statistics import quantiles
 from time import perf_counter
+from typing import Any
 
+import aiohttp
 import numpy as np
 
 from agentloop.journal import JournalWriter, Run
@@ -143,41 +148,89 @@ def own_memory() -> float:
     return total / 1e6
 
 
-def measure(url: str, siblings: int) -> dict[str, float]:
-    """All figures of a viewer of `record`'s run at `url`."""
-    from playwright.sync_api import sync_playwright
+class Browser:
+    """A page of a Chromium of its own, over its debugging protocol. Playwright would ask the browser to keep a copy of all
+    that it receives, which is not the viewer's memory."""
 
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._asked = 0
+
+    async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._asked += 1
+        await self._socket.send_json({"id": self._asked, "method": method, "params": parameters})
+        while True:
+            answer: dict[str, Any] = await self._socket.receive_json()
+            if answer.get("id") == self._asked:
+                return dict(answer["result"])
+
+    async def open(self, url: str) -> None:
+        await self.ask("Page.navigate", url="about:blank")
+        await asyncio.sleep(0.3)
+        await self.ask("Page.navigate", url=url)
+
+    async def call(self, function: str, *arguments: str) -> Any:
+        """What a JavaScript function gives in the page, once its promise is settled."""
+        text = f"({function})({','.join(map(json.dumps, arguments))})"
+        answer = await self.ask("Runtime.evaluate", expression=text, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"the page failed: {answer['exceptionDetails']}")
+        return answer["result"].get("value")
+
+
+@asynccontextmanager
+async def browser() -> AsyncIterator[Browser]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
         sys.exit("no Chromium on this machine")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        arguments = [
+            f"--user-data-dir={profile}",
+            "--headless",
+            "--remote-debugging-port=0",
+            "--window-size=1280,860",
+            *ARGUMENTS,
+        ]
+        process = await asyncio.create_subprocess_exec(path, *arguments, "about:blank", stdout=DEVNULL, stderr=DEVNULL)
+        try:
+            said = Path(profile) / "DevToolsActivePort"
+            while not (said.exists() and "\n" in said.read_text()):  # noqa: ASYNC110 - another program writes it
+                await asyncio.sleep(0.05)
+            port = said.read_text().split()[0]
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://127.0.0.1:{port}/json") as answer:
+                    pages = await answer.json(content_type=None)
+                address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+                async with session.ws_connect(address, max_msg_size=0) as socket:
+                    yield Browser(socket)
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+async def measure(url: str, siblings: int) -> dict[str, float]:
+    """All figures of a viewer of `record`'s run at `url`."""
     keys = [f"train/1/0_{sibling}" for sibling in range(siblings)]
     fragment = f"#view=tokens&key={keys[0].replace('/', '%2F')}"
-    with tempfile.TemporaryDirectory() as profile, sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=browser, headless=True, args=list(ARGUMENTS), no_viewport=True
-        )
-        tab = context.pages[0]
-        tab.set_viewport_size({"width": 1280, "height": 860})
-        tab.set_default_timeout(120_000)
-        tab.goto(url)
-        tab.evaluate(FIRST_PAINT)  # the browser itself has started
-        tab.goto("about:blank")
+    async with browser() as tab:
+        await tab.open(url)
+        await tab.call(FIRST_PAINT)  # the browser itself has started
+        await tab.ask("Page.navigate", url="about:blank")
+        await asyncio.sleep(1)
         before = own_memory()
-        tab.goto(url)
-        run_paint = tab.evaluate(FIRST_PAINT)
-        nodes = [tab.evaluate(NODES)]
-        tab.goto("about:blank")
-        tab.goto(url + fragment)
-        paint = tab.evaluate(FIRST_PAINT)
-        nodes.append(tab.evaluate(NODES))
-        switches = [tab.evaluate(SWITCH, key) for key in keys[3 : min(siblings, 43) : 2]]
-        scroll = tab.evaluate(SCROLL)
-        nodes.append(tab.evaluate(NODES))
-        strips = tab.evaluate(STRIPS, keys[0])
-        nodes.append(tab.evaluate(NODES))
-        tab.evaluate(SWITCH, keys[-1])
+        await tab.open(url)
+        run_paint = await tab.call(FIRST_PAINT)
+        nodes = [await tab.call(NODES)]
+        await tab.open(url + fragment)
+        paint = await tab.call(FIRST_PAINT)
+        nodes.append(await tab.call(NODES))
+        switches = [await tab.call(SWITCH, key) for key in keys[3 : min(siblings, 43) : 2]]
+        scroll = await tab.call(SCROLL)
+        nodes.append(await tab.call(NODES))
+        strips = await tab.call(STRIPS, keys[0])
+        nodes.append(await tab.call(NODES))
+        await tab.call(SWITCH, keys[-1])
         after = own_memory()
-        context.close()
     return {
         "first_paint_run_ms": run_paint,
         "first_paint_tokens_ms": paint,
@@ -214,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         record(run, arguments.siblings, arguments.tokens)
         recorded_s = perf_counter() - started
         with served(run, arguments.page) as url:
-            figures = measure(url, arguments.siblings)
+            figures = asyncio.run(measure(url, arguments.siblings))
     settings = {"siblings": arguments.siblings, "tokens": arguments.tokens, "recorded_s": recorded_s}
     report("viewer_page" if arguments.page else "viewer", settings | figures, aims(figures))
     return 0

@@ -3,6 +3,7 @@
 import { canvasColours, colourRules, MODES } from "./colours.js";
 import { copyText, h, suppress, toggle } from "./dom.js";
 import { visible } from "./format.js";
+import { release } from "./frame.js";
 import { formatLink } from "./hosts.js";
 import { Overview } from "./overview.js";
 import { Sample } from "./sample.js";
@@ -12,7 +13,7 @@ import { GroupView } from "./views/group.js";
 import { RunView } from "./views/run.js";
 import { SampleView } from "./views/sample.js";
 
-const CACHE_BYTES = 24e6;
+const CACHE_BYTES = 16e6;
 const SLOW_MS = 1000;
 
 const HELP = [
@@ -196,6 +197,17 @@ export class App {
       this.pending.set(key, fetched);
     }
     return this.pending.get(key);
+  }
+
+  /** Calls `use` with a trajectory that is only passed through, and gives what it gives: the kept ones stay. */
+  async withSample(key, use) {
+    if (this.samples.has(key) || this.pending.has(key)) return use(await this.sample(key));
+    const { header, buffers } = await this.request({ kind: "sample", key });
+    try {
+      return use(new Sample(header, buffers, this.overview.specialIds, this.pieces));
+    } finally {
+      release(buffers);
+    }
   }
 
   // -- where we are -----------------------------------------------------------------------------------------------------

@@ -29,34 +29,52 @@ export class Sample {
   _segments() {
     const { n } = this;
     this.origin = new Uint8Array(n);
-    this.turn = new Int32Array(n).fill(-1);
-    this.segment = new Uint32Array(n);
     this.segments = [];
     let at = 0;
     for (const [name, length, turn] of this.header.segments ?? []) {
       const origin = ORIGINS.indexOf(name);
       if (origin < 0) throw new ViewerError(`Trajectory ${this.key}: '${visible(name)}' is not an origin.`);
       this.origin.fill(origin, at, at + length);
-      this.turn.fill(turn, at, at + length);
-      this.segment.fill(this.segments.length, at, at + length);
       this.segments.push({ origin: name, start: at, end: at + length, turn });
       at += length;
     }
     if (at !== n) throw new ViewerError(`Trajectory ${this.key}: its segments cover ${at} of ${n} tokens.`);
   }
 
-  _versions() {
-    // -1: not sampled, or not told.
-    this.version = new Int32Array(this.n).fill(-1);
-    this.versionNames = [];
-    let at = 0;
-    for (const [name, length] of this.header.versions ?? []) {
-      if (name !== null) {
-        if (!this.versionNames.includes(name)) this.versionNames.push(name);
-        this.version.fill(this.versionNames.indexOf(name), at, at + length);
-      }
-      at += length;
+  /** Which segment a token is in. */
+  segmentOf(i) {
+    let [low, high] = [0, this.segments.length];
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (this.segments[middle].start <= i) low = middle;
+      else high = middle;
     }
+    // Segments without tokens share a start with the one that follows.
+    while (low + 1 < this.segments.length && this.segments[low].end <= i) low += 1;
+    return low;
+  }
+
+  /** The turn that a token belongs to; -1 is the prompt. */
+  turnOf(i) {
+    return this.segments[this.segmentOf(i)]?.turn ?? -1;
+  }
+
+  _versions() {
+    const names = (this.header.versions ?? []).map(([name]) => name).filter((name) => name !== null);
+    this.versionNames = [...new Set(names)];
+  }
+
+  /** Of each token its version's place in `versionNames`; -1: not sampled, or not told. */
+  get version() {
+    return this.once("version", () => {
+      const places = new Int32Array(this.n).fill(-1);
+      let at = 0;
+      for (const [name, length] of this.header.versions ?? []) {
+        if (name !== null) places.fill(this.versionNames.indexOf(name), at, at + length);
+        at += length;
+      }
+      return places;
+    });
   }
 
   /** What is dear to work out is worked out once. */

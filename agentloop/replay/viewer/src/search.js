@@ -1,6 +1,7 @@
 // Text search over trajectories, by the host if it can, else sample by sample.
 
 import { isNumber, oneLine } from "./format.js";
+import { release } from "./frame.js";
 
 const AROUND = 40;
 
@@ -14,7 +15,8 @@ export async function* searchRun(app, text, signal) {
   const hits = [];
   let searched = 0;
   for (const row of app.overview.rows) {
-    const { header } = await app.request({ kind: "sample", key: row.key });
+    const { header, buffers } = await app.request({ kind: "sample", key: row.key });
+    release(buffers);
     if (signal.aborted) return;
     const hit = searchSample(header, text);
     if (hit) hits.push({ key: row.key, ...hit });

@@ -192,11 +192,12 @@ export class GroupView {
     for (const row of [reference, ...group.rows.filter((row) => row !== reference)]) {
       if (this.strips.get(row.key)?.mode === mode && (row === reference || this.parted.has(row.key))) continue;
       try {
-        const sample = await this.app.sample(row.key);
-        if (row !== reference) first ??= await this.app.sample(reference.key);
+        first ??= await this.app.sample(reference.key);
+        const draw = (sample) => ({ mode, codes: strip(sample, mode, CELLS), parts: firstDifference(first, sample) });
+        const found = row === reference ? draw(first) : await this.app.withSample(row.key, draw);
         if (round !== this.round) return;
-        this.strips.set(row.key, { mode, codes: strip(sample, mode, CELLS) });
-        if (row !== reference) this.parted.set(row.key, firstDifference(first, sample));
+        this.strips.set(row.key, found);
+        if (row !== reference) this.parted.set(row.key, found.parts);
       } catch (error) {
         if (round !== this.round) return;
         this.parted.set(row.key, "not readable");
@@ -321,7 +322,7 @@ export class GroupView {
 }
 
 function turnWords(sample, at) {
-  const turn = at < sample.n ? sample.turn[at] : null;
+  const turn = at < sample.n ? sample.turnOf(at) : null;
   if (turn === null) return ", where one ends";
   return turn < 0 ? ", in the prompt" : `, in turn ${turn}`;
 }

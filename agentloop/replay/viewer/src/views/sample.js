@@ -72,7 +72,7 @@ export class SampleView {
     if (turn !== undefined) this.toTurn(turn, { tokens: token === undefined });
     if (token !== undefined) {
       this.tokens.moveTo(token, { centre: true, quiet: true });
-      if (turn === undefined) this.toTurn(sample.turn[Math.min(token, sample.n - 1)] ?? -1, { tokens: false });
+      if (turn === undefined) this.toTurn(sample.turnOf(Math.min(token, sample.n - 1)), { tokens: false });
     }
   }
 
@@ -240,7 +240,7 @@ export class SampleView {
   }
 
   tokenMoved(token) {
-    const turn = this.sample.turn[token];
+    const turn = this.sample.turnOf(token);
     if (turn !== this.turn) {
       this.turn = turn;
       this._markTurn();

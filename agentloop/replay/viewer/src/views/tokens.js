@@ -183,12 +183,17 @@ export class TokensPane {
     if (!this.width) this.measure();
     const room = this.width;
     const starts = [];
-    const { pieces, turn, origin } = sample;
+    const { pieces, segments } = sample;
+    let segment = 0;
     let used = 0;
     let broke = true;
     for (let i = 0; i < sample.n; i++) {
       const wide = Math.min(room, pieces[i].cells * this.ch + GAP);
-      const newTurn = i > 0 && (turn[i] !== turn[i - 1] || (origin[i] === 1 && origin[i - 1] !== 1));
+      let newTurn = false;
+      while (segment < segments.length && segments[segment].start <= i) {
+        newTurn = i > 0 && (segments[segment].origin === "sampled" || segments[segment].turn !== segments[segment - 1].turn);
+        segment += 1;
+      }
       if (broke || newTurn || used + wide > room) {
         starts.push(i);
         used = 0;
@@ -288,25 +293,25 @@ export class TokensPane {
     const gutter = document.createElement("span");
     gutter.className = "gutter";
     gutter.setAttribute("aria-hidden", "true");
-    if (start === 0 || sample.segment[start] !== sample.segment[start - 1]) {
+    if (sample.segments[sample.segmentOf(start)].start === start) {
       const name = document.createElement("b");
-      name.textContent = sample.isSampled(start) ? `turn ${sample.turn[start]}` : GUTTER_WORDS[sample.origin[start]];
+      name.textContent = sample.isSampled(start) ? `turn ${sample.turnOf(start)}` : GUTTER_WORDS[sample.origin[start]];
       gutter.append(name);
       row.classList.add("opens");
     }
     gutter.append(String(start));
     row.append(gutter);
-    const { pieces, version, difference } = sample;
-    const versions = this.app.mode === "version";
-    const differences = this.app.mode === "difference";
+    const { pieces } = sample;
+    const version = this.app.mode === "version" ? sample.version : null;
+    const difference = this.app.mode === "difference" ? sample.difference : null;
     const decorated = this.found.length > 0 || this.anchor !== null || (this.cursor >= start && this.cursor < end);
     for (let k = start; k < end; k++) {
       const span = document.createElement("span");
       const piece = pieces[k];
       let name = `tok c${codes[k]}`;
       if (piece.kind !== "text") name += ` k-${piece.kind}`;
-      if (versions && k && version[k] >= 0 && version[k - 1] >= 0 && version[k] !== version[k - 1]) name += " shift";
-      if (differences && Math.abs(difference[k]) > this.threshold) name += " over";
+      if (version && k && version[k] >= 0 && version[k - 1] >= 0 && version[k] !== version[k - 1]) name += " shift";
+      if (difference && Math.abs(difference[k]) > this.threshold) name += " over";
       if (!piece.exact || piece.cells * this.ch > this.width) {
         name += " box";
         span.style.width = `${Math.min(this.width - GAP, piece.cells * this.ch)}px`;
@@ -457,16 +462,16 @@ export class TokensPane {
       return column[i] === 0 ? "0" : Math.abs(column[i]) < 1e-4 ? column[i].toExponential(6) : column[i].toFixed(digits);
     };
     const trained = columns.train_logprob ? !Number.isNaN(columns.train_logprob[i]) : false;
-    const place = sample.version[i];
-    const segment = sample.segments[sample.segment[i]];
-    const call = sample.turn[i] < 0 ? "prompt" : `turn ${sample.turn[i]}`;
+    const version = sample.version[i];
+    const place = sample.segmentOf(i);
+    const segment = sample.segments[place];
     const pairs = [
       ["token", count(i), "position"],
       ["id", String(columns.ids[i]), "id"],
       ["text", this.quoted(i), "text"],
       ["origin", ORIGINS[sample.origin[i]], "origin"],
-      ["turn", call, "turn"],
-      ["segment", `${sample.segment[i]}: ${count(segment.start)} \u2026 ${count(segment.end - 1)}`, "segment"],
+      ["turn", segment.turn < 0 ? "prompt" : `turn ${segment.turn}`, "turn"],
+      ["segment", `${place}: ${count(segment.start)} \u2026 ${count(segment.end - 1)}`, "segment"],
       ["mask", sampled ? "1" : "0", "mask"],
     ];
     const character = sample.characterAround(i);
@@ -481,7 +486,7 @@ export class TokensPane {
       pairs.push(["probability", number(Math.exp(columns.logprob[i]), 4), "probability"]);
     }
     pairs.push(["entropy", value(columns.entropy), "entropy"]);
-    pairs.push(["weights", place >= 0 ? (sample.versionNames[place] === "mixed" ? "mixed" : `v${sample.versionNames[place]}`) : sampled ? MISSING : "\u2014", "version"]);
+    pairs.push(["weights", version >= 0 ? (sample.versionNames[version] === "mixed" ? "mixed" : `v${sample.versionNames[version]}`) : sampled ? MISSING : "\u2014", "version"]);
     pairs.push(["trainer's", trained ? value(columns.train_logprob) : sampled ? MISSING : "\u2014", "train_logprob"]);
     const difference = sample.difference[i];
     const known = isNumber(difference);
