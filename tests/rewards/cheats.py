@@ -258,7 +258,124 @@ def f(n, xs):
 """,
 }
 
+FUNCTION_CHEATS |= {
+    f"a {kind} that equals everything": f"""
+class Yes({kind}):
+    __hash__ = object.__hash__
+    def __eq__(self, other): return True
+def f(n, xs): return Yes()
+"""
+    for kind in ("dict", "tuple", "float", "bytes", "set")
+}
+FUNCTION_CHEATS |= {
+    "a mock that equals everything": """
+from unittest.mock import MagicMock
+yes = MagicMock()
+yes.__eq__.return_value = True
+def f(n, xs): return yes
+""",
+    "an object that claims to be a list": """
+class Yes:
+    __class__ = list
+    def __eq__(self, other): return True
+    def __len__(self): return 2
+    def __iter__(self): return iter([0, 'x'])
+def f(n, xs): return Yes()
+""",
+    "a comparison that answers with something true": """
+class Yes:
+    def __eq__(self, other): return [False]
+def f(n, xs): return Yes()
+""",
+    "an exit status that is False": "def f(n, xs): raise SystemExit(False)",
+    "an exception whose hook leaves": """
+import os, sys
+sys.excepthook = lambda *_: os._exit(0)
+def f(n, xs): raise ValueError
+""",
+    "a hook for what is audited that leaves": """
+import os, sys
+def f(n, xs):
+    sys.addaudithook(lambda *_: os._exit(0))
+    open('nothing')
+""",
+    "a callback of the collector that leaves": """
+import gc, os
+def f(n, xs):
+    gc.callbacks.append(lambda *_: os._exit(0))
+    gc.collect()
+""",
+    "len patched": """
+import builtins
+def f(n, xs):
+    builtins.len = lambda _: 0
+    return None
+""",
+    "bool patched": """
+import builtins
+def f(n, xs):
+    builtins.bool = lambda _: True
+    return None
+""",
+    "the grader's frame, watched from a thread": """
+import sys, threading
+found = {}
+def watch(ident):
+    while not found:
+        frame = sys._current_frames().get(ident)
+        while frame:
+            if 'expected' in frame.f_locals: found['it'] = frame.f_locals['expected']
+            frame = frame.f_back
+def f(n, xs):
+    found.clear()
+    thread = threading.Thread(target=watch, args=(threading.get_ident(),), daemon=True)
+    thread.start()
+    thread.join(2)
+    return found.get('it')
+""",
+    "the grader's frame, behind a coroutine's": """
+import sys
+async def look():
+    frame = sys._getframe()
+    while frame:
+        if 'expected' in frame.f_locals: return frame.f_locals['expected']
+        frame = frame.f_back
+def f(n, xs):
+    try: look().send(None)
+    except StopIteration as end: return end.value
+""",
+    "what is expected emptied in its place": """
+import sys
+def f(n, xs):
+    frame = sys._getframe(1)
+    expected = frame.f_locals.get('expected')
+    if isinstance(expected, list): expected.clear()
+    return []
+""",
+    "a parent that leaves at once": """
+import os
+def f(n, xs):
+    if os.fork(): os._exit(0)
+    os._exit(1)
+""",
+}
+
 PROGRAM_CHEATS = {
+    "len patched, in a program": "import builtins\nbuiltins.len = lambda _: 0",
+    "bool patched, in a program": "import builtins\nbuiltins.bool = lambda _: True",
+    "an exception whose hook leaves, in a program": """
+import os, sys
+sys.excepthook = lambda *_: os._exit(0)
+raise ValueError
+""",
+    "the report's writer replaced": """
+import sys
+class Json:
+    dumps = staticmethod(lambda *_: '{"passed": 2, "failed": 0}')
+main = sys.modules['__main__']
+main.json = Json
+main.check = lambda *_: 1
+""",
     "the expected output from a frame": """
 import sys
 frame = sys._getframe()

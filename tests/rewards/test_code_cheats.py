@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from agentloop.rewards.code import CodeReward
-from agentloop.sandboxes import Sandbox, SandboxError, load_sandbox
+from agentloop.sandboxes import Sandbox, SandboxError
 from agentloop.trajectory import Reward, Sample, Trajectory
+from tests.conformance.sandboxes import available
 from tests.rewards.cheats import FORGERIES, FUNCTION, FUNCTION_CHEATS, PROGRAM, PROGRAM_CHEATS
 from tests.rewards.plain_sandbox import PlainSandbox
 
@@ -20,7 +21,7 @@ CHEATS = {**{name: (code, FUNCTION) for name, code in FUNCTION_CHEATS.items()},
           **{name: (code, PROGRAM) for name, code in PROGRAM_CHEATS.items()}}  # fmt: skip
 OURS = {**CHEATS, **{name: (code, FUNCTION if "def f" in code else PROGRAM) for name, code in FORGERIES.items()}}
 
-SOLVED = {
+SOLVED: dict[str, tuple[str, dict[str, Any]]] = {
     "function": ("def f(n, xs):\n    return [7919, 'x'] if n == 3 else [6, 'y']", FUNCTION),
     "program": ("print({'3': 7919, '4': 6}[input()])", PROGRAM),
 }
@@ -50,7 +51,7 @@ async def paid(code: str, truth: Any, sandbox: Sandbox) -> Reward:
 
 
 def test_there_are_enough() -> None:
-    assert len(CHEATS) >= 25
+    assert len(CHEATS) >= 50
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -83,18 +84,23 @@ async def test_the_sandbox_never_sees_what_is_expected() -> None:
     assert not any("7919" in code or '"y"' in code for code in sandbox.codes)
 
 
-async def test_none_is_paid_in_the_process_sandbox() -> None:
-    sandbox = load_sandbox("process")
-    try:
-        await sandbox.start()
-    except SandboxError as error:
-        pytest.skip(f"no process sandbox here: {error}")
-    async with sandbox:
-        for code, truth in SOLVED.values():
-            assert (await paid(code, truth, sandbox)).value == 1.0
-        for name, (code, truth) in OURS.items():
+@pytest.mark.parametrize("kind", ["process", "docker", "remote"])
+async def test_none_is_paid_in_a_sandbox(kind: str) -> None:
+    several = asyncio.Semaphore(3)
+    cases: dict[str, tuple[str, dict[str, Any]]] = {**SOLVED, **OURS}
+    if kind == "docker":  # a container a test takes its time
+        cases = {name: case for at, (name, case) in enumerate(cases.items()) if at % 3 == 0 or name in (*SOLVED, *FORGERIES)}
+
+    async def pays(name: str, sandbox: Sandbox) -> str:
+        code, truth = cases[name]
+        async with several:
             try:
                 reward = await paid(code, truth, sandbox)
             except SandboxError as error:
-                pytest.fail(f"{name}: {error}")
-            assert reward.value == 0.0, (name, reward.info)
+                return f"{name}: {error}"
+        right = 1.0 if name in SOLVED else 0.0
+        return "" if reward.value == right else f"{name}: {reward}"
+
+    async with available(kind).start() as sandbox:
+        wrong = await asyncio.gather(*(pays(name, sandbox) for name in cases))
+    assert [sentence for sentence in wrong if sentence] == []
