@@ -187,7 +187,7 @@ def scores(answer: Mapping[str, Any], ids: Sequence[int]) -> list[float]:
     entries = meta.get("input_token_logprobs")
     if entries is None or len(entries) != len(ids):
         raise EngineError(f"SGLang answered {len(entries or ())} input log-probabilities for {len(ids)} tokens")
-    # SGLang 0.5.12 names the last id of the vocabulary 0 here (scheduler_output_processor_mixin.py); its value is the right one.
+    # SGLang 0.5.12 names the vocabulary's last id 0 here (scheduler_output_processor_mixin.py); the value is the right one.
     named = [(value, token if said == 0 else said, *rest) for (value, said, *rest), token in zip(entries, ids, strict=True)]
     return _values(named[1:], ids[1:])
 

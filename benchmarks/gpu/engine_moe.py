@@ -66,7 +66,11 @@ def write_model(kind: str, folder: Path) -> None:
         shutil.copy(MODEL / name, folder / name)
     path = folder / "config.json"
     # transformers 5 leaves these out, and SGLang 0.5.12 reads them.
-    needed = {"moe_layer_freq": 1, "topk_method": "noaux_tc"} if kind == "deepseek_v3" else {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    needed = (
+        {"moe_layer_freq": 1, "topk_method": "noaux_tc"}
+        if kind == "deepseek_v3"
+        else {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    )
     path.write_text(json.dumps({**needed, **json.loads(path.read_text())}))
 
 

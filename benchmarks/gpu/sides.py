@@ -9,7 +9,7 @@ import os
 import statistics
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any, Literal
 
 from agentloop.config import Deadlines, LoopConfig
