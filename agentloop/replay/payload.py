@@ -89,7 +89,7 @@ class Payload:
         fork: Callable[[Row, int, int | None, str], str] | None = None,
     ) -> None:
         self.run = run
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._choose = run.trajectories if rows is None else rows
         self._fork = fork
         self._can = [*(["search"] if search else []), *(["fork"] if fork else []), *(["refresh"] if live else [])]
@@ -127,9 +127,10 @@ class Payload:
 
     def rows(self) -> list[Row]:
         """The trajectories, as they are now."""
-        rows = list(self._choose())
-        self._rows = {key_of(row): row for row in rows}
-        return rows
+        with self._lock:
+            rows = list(self._choose())
+            self._rows = {key_of(row): row for row in rows}
+            return rows
 
     def row(self, key: str) -> Row:
         if key not in self._rows:
