@@ -97,6 +97,7 @@ def fork(
             f"{ended.id}: {len(ended.turns)} turns, {len(ended)} tokens, ended as {ended.end_reason}, reward {reward}",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
     for sentence in made.differences:
         console.print(f"ran again otherwise: {sentence}", markup=False, highlight=False, soft_wrap=True)
