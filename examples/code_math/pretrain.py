@@ -30,7 +30,7 @@ from examples.quickstart.task import distinct
 
 SEED, SPOIL_SEED = 1, 0
 STEPS, BATCH = 800, 48
-SPOIL_STEPS, SPOIL_BATCH = 150, 32
+SPOIL_STEPS, SPOIL_BATCH = 220, 32
 SLIPS = 0.08
 """Of the right transcripts that begin with a call that fails."""
 BAD_SHARE = 0.66
