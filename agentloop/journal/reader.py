@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ class Run:
         damaged.
         """
         row = trajectory if isinstance(trajectory, Row) else self._find(trajectory, step, partition)
-        return build(row, _read_events(row), sibling_path(row.file, TOKENS_SUFFIX), self._pieces_of(row.file), tokens=tokens)
+        return build(
+            row, _read_events(row), sibling_path(row.file, TOKENS_SUFFIX), partial(self._pieces_of, row.file), tokens=tokens
+        )
 
     def train_side(self, step: int) -> TrainSide:
         """What the trainer computed for the training trajectories of a step of the journal, joined with their records, and

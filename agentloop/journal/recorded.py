@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -238,7 +238,7 @@ class RecordedTrajectory:
 
 
 def build(
-    row: Row, events: Sequence[Mapping[str, Any]], token_file: Path, pieces: PieceReader, *, tokens: bool = True
+    row: Row, events: Sequence[Mapping[str, Any]], token_file: Path, pieces: Callable[[], PieceReader], *, tokens: bool = True
 ) -> RecordedTrajectory:
     """Put the events of one trajectory together, with its tokens or without.
 
@@ -300,7 +300,8 @@ class TokenFiles:
     """What the tokens of an event file are read from."""
 
     tokens: Path
-    pieces: PieceReader
+    pieces: Callable[[], PieceReader]
+    """Called when texts are asked for; may raise `JournalError`."""
 
     def frames(self, events: Iterable[Mapping[str, Any]]) -> list[TokenFrame]:
         """The frames of these events, in order, without their texts. Raises `JournalError`."""
@@ -322,8 +323,8 @@ class TokenFiles:
         if not all(frame.has_text for frame in frames):
             return None, b""
         if all(frame.piece_lens is None for frame in frames):
-            return self.pieces.lookup(ids)
-        found = [(f.piece_lens, f.piece_bytes) if f.piece_lens is not None else self.pieces.lookup(f.ids) for f in frames]
+            return self.pieces().lookup(ids)
+        found = [(f.piece_lens, f.piece_bytes) if f.piece_lens is not None else self.pieces().lookup(f.ids) for f in frames]
         return _joined([lens for lens, _ in found], np.uint16), b"".join(text for _, text in found)
 
 

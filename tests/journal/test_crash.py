@@ -169,6 +169,22 @@ def test_whatever_byte_is_damaged_is_a_problem_that_is_told_and_never_a_crash(tm
                 run.load(row)
 
 
+def test_damaged_texts_of_tokens_are_reported_and_the_conversation_is_readable(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        conversation(writer, 0)
+    events = tmp_path / "train" / "step_000000" / "w0.g1.traj.jsonl"
+    data = events.read_bytes()
+    at = data.index(b'"bytes":"') + 12
+    events.write_bytes(data[:at] + (b"a" if data[at : at + 1] != b"a" else b"b") + data[at + 1 :])
+    run = Run(tmp_path)
+    with pytest.raises(JournalError, match="the texts of tokens, offset .*: the checksum differs"):
+        run.load("u0_0")
+    recorded = run.load("u0_0", tokens=False)
+    assert recorded.texts == [None] * 3
+    assert recorded.messages[3]["content"].startswith("result 0")
+    assert {problem.kind for problem in run.verify()} == {"damaged"}
+
+
 def test_a_lost_token_file_is_reported(tmp_path: Path) -> None:
     with JournalWriter(tmp_path, decode=decode) as writer:
         conversation(writer, 0)
