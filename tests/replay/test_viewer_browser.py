@@ -652,3 +652,24 @@ def test_the_whole_way_by_keyboard(page: Any, site: Site) -> None:
     ready(page, "group")
     page.keyboard.press("r")
     ready(page, "run")
+
+
+def test_a_far_turn_comes_to_the_top_of_a_long_conversation(page: Any, site: Site) -> None:
+    item = make(uid="long", turns=60, tokens=40)
+    site.serve(MadeRun([item]))
+    open_run(page, site, f"view=conversation&key={item.key}&turn=41")
+    ready(page, "conversation", item.key)
+    for index in (41, 7, 59, 30):
+        goto(page, view="conversation", key=item.key, turn=index)
+        page.wait_for_timeout(150)  # what comes into sight near it is drawn
+        gap = page.evaluate(
+            """(index) => {
+              const shadow = document.querySelector("#agentloop-replay").shadowRoot;
+              const pane = shadow.querySelector(".conversation"), card = shadow.querySelector(`article[data-turn="${index}"]`);
+              const end = pane.scrollHeight - pane.clientHeight - pane.scrollTop;
+              return [card.getBoundingClientRect().top - pane.getBoundingClientRect().top, end];
+            }""",
+            index,
+        )
+        assert abs(gap[0]) < 12 or gap[1] < 2, (index, gap)
+    assert page.locator(".turn .lazy:empty").count() > 30

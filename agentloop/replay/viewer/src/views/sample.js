@@ -24,6 +24,9 @@ export class SampleView {
       tabindex: 0,
       "aria-label": "Conversation; j and k go to the next and the previous turn",
     });
+    for (const kind of ["wheel", "pointerdown", "keydown", "touchmove"]) {
+      this.scroller.addEventListener(kind, () => (this.pinned = null), { passive: true });
+    }
     this.playButton = h("button", { class: "tool play", title: "space", "aria-label": "play back in time", onclick: () => this.togglePlay() }, "\u25b6");
     this.clock = h("input", {
       type: "range",
@@ -81,6 +84,7 @@ export class SampleView {
     this.sample = sample;
     this.row = row;
     this.turn = -1;
+    this.pinned = null;
     this.schedule = scheduleOf(sample.header);
     this.drawHead();
     this.drawTalk();
@@ -203,6 +207,14 @@ export class SampleView {
       if (entry.isIntersecting) entry.target.body.fill();
       else if (this.cards.size > 12) entry.target.body.empty();
     }
+    this._align();
+  }
+
+  /** Keep the turn that was asked for at the top while its neighbours are drawn, until the reader scrolls. */
+  _align() {
+    if (!this.pinned?.isConnected) return;
+    const gap = this.pinned.getBoundingClientRect().top - this.scroller.getBoundingClientRect().top - 4;
+    if (Math.abs(gap) >= 1) this.scroller.scrollTop += gap;
   }
 
   // -- moving ---------------------------------------------------------------------------------------------------------
@@ -221,8 +233,12 @@ export class SampleView {
     const card = this.cards.get(this.turn);
     if (card) {
       card.body.fill();
-      this.scroller.scrollTop += card.getBoundingClientRect().top - this.scroller.getBoundingClientRect().top - 4;
-    } else this.scroller.scrollTop = 0;
+      this.pinned = card;
+      this._align();
+    } else {
+      this.pinned = null;
+      this.scroller.scrollTop = 0;
+    }
     this._markTurn();
     if (tokens) this.tokens.moveTo(this.turn < 0 ? 0 : this.sample.turns[this.turn].start, { centre: true, quiet: true });
   }
@@ -244,6 +260,7 @@ export class SampleView {
     if (turn !== this.turn) {
       this.turn = turn;
       this._markTurn();
+      this.pinned = null;
       if (this.app.wide) this.cards.get(turn)?.scrollIntoView({ block: "nearest" });
     }
     this.app.moved({ token, turn: undefined });
@@ -285,6 +302,7 @@ export class SampleView {
   /** Show the conversation as it was after `time` seconds. */
   seek(time) {
     const { turns, total } = this.schedule;
+    let written = null;
     this.time = Math.min(time, total);
     const over = this.time >= total;
     this.clock.value = Math.round((this.time / total) * 1000);
@@ -295,6 +313,8 @@ export class SampleView {
       toggle(card, "future", !over && this.time < from);
       const writing = !over && this.time >= from && this.time < to;
       toggle(card, "writing", writing);
+      const { start, end: stop } = this.sample.turns[index];
+      if (writing) written = start + Math.floor(((stop - start) * (this.time - from)) / (to - from));
       toggle(card, "calling", !over && this.time >= to && this.time < end);
       const text = card.body.querySelector("[data-field=text]");
       const whole = this.sample.turns[index].text;
@@ -307,6 +327,7 @@ export class SampleView {
     const doing = over ? "ended" : !state ? "waiting" : this.time < state.to ? `turn ${current}: generating` : this.time < state.end ? `turn ${current}: tools` : `turn ${current}`;
     this.clockWords.textContent = `${seconds(this.time)} of ${seconds(total)}, ${doing}`;
     if (current !== this.turn && current >= 0) this.toTurn(current);
+    if (written !== null) this.tokens.moveTo(written, { quiet: true });
   }
 
   // -- the rest -------------------------------------------------------------------------------------------------------

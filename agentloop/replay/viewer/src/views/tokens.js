@@ -10,7 +10,7 @@ import { parseBound } from "../search.js";
 
 const ROW = 21;
 const OVERSCAN = 5;
-const GUTTER = 96;
+const GUTTER = 116;
 const GAP = 2;
 const GUTTER_WORDS = ["prompt", "", "tool", "template"];
 
