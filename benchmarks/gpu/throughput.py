@@ -59,6 +59,7 @@ SETTINGS: dict[str, Any] = {
 }
 PARTS = ("raw", "verl", "cache", "tail", "burst")
 RATIO = 1.25
+SETTLE_S = 2.0
 """Groups that over-sampling asks for, over those that make a batch."""
 BURST, BURST_SCALE = 4096, 0.25
 """Conversations of the burst, and their tokens over the trace's."""
@@ -269,9 +270,13 @@ class Bench:
         batches = 2
 
         async def left(started: Engine) -> dict[str, Any]:
-            running = getattr(started, "running", 0)
-            in_engine = await running() if callable(running) else running
-            return {"left": {"requests": engine.meter.in_flight + in_engine, "calls": Python.running, "tools": Python.held}}
+            until = perf_counter() + SETTLE_S  # an engine may count its last answer for a moment longer
+            while True:
+                running = getattr(started, "running", 0)
+                requests = engine.meter.in_flight + (await running() if callable(running) else running)
+                if not requests or perf_counter() > until:
+                    return {"left": {"requests": requests, "calls": Python.running, "tools": Python.held}}
+                await asyncio.sleep(0.02)
 
         async def all_of_them(salt: int) -> dict[str, Any]:
             await ours.run(self.traces["delays"], salt)

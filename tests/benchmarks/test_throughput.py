@@ -72,7 +72,7 @@ async def test_the_meter_counts_the_time_in_which_the_engine_has_nothing_to_do()
     await asyncio.sleep(0.05)
     with meter.request(3), meter.request(4):
         await asyncio.sleep(0.05)
-    meter.answered(5, 2)
+    meter.answered(5, 2, 0.05)
     meter.stop()
     figures = meter.figures()
     assert figures["requests"] == 2 and figures["input_tokens"] == 7 and figures["sampled_tokens"] == 5
