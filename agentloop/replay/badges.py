@@ -7,10 +7,10 @@ within a trajectory stands in its events.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from agentloop.journal.format import load_line
-from agentloop.journal.reader import Run
 from agentloop.journal.recorded import Row
 from agentloop.trajectory import MIXED, EndReason, StopReason
 
@@ -168,18 +168,18 @@ def group_key(row: Row) -> str:
 
 
 class Badges:
-    """The badges of a run's trajectories. What has been read of one that has ended is kept."""
+    """The badges of a run's trajectories. What has been read of one is kept until more of it is written."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._facts: dict[tuple[str, str, int], tuple[int, Facts]] = {}
+    def __init__(self) -> None:
+        self._facts: dict[tuple[Path, str], tuple[str, Facts]] = {}
+        """By event file and id: where the events lay that were read, and what they told."""
 
     def facts(self, row: Row) -> Facts:
-        key = (str(row.file), row.id, row.step)
-        known = self._facts.get(key)
-        if known is None or known[0] != len(row.lines):
-            self._facts[key] = known = (len(row.lines), facts(row))
-        return known[1]
+        places, known = self._facts.get((row.file, row.id), ("", UNKNOWN))
+        if places != row.places:
+            known = facts(row)
+            self._facts[row.file, row.id] = (row.places, known)
+        return known
 
     def of_rows(self, rows: Sequence[Row]) -> list[list[str]]:
         """The badges of each row; a group counts as far as it is among the rows."""

@@ -226,7 +226,7 @@ def _key(row: Row) -> dict[str, Any]:
 
 
 def _trajectories(source: _Source) -> list[dict[str, Any]]:
-    badges = Badges(source.run)
+    badges = Badges()
     records = []
     for row, marks in zip(source.rows, badges.of_rows(source.rows), strict=True):
         known = badges.facts(row)

@@ -93,7 +93,7 @@ class Payload:
         self._choose = run.trajectories if rows is None else rows
         self._fork = fork
         self._can = [*(["search"] if search else []), *(["fork"] if fork else []), *(["refresh"] if live else [])]
-        self._badges = Badges(run)
+        self._badges = Badges()
         self._rows: dict[str, Row] = {}
         self._sides: dict[int, TrainSide] = {}
         self._advantages: dict[int, tuple[int, dict[str, float]]] = {}
