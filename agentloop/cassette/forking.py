@@ -191,6 +191,8 @@ def _tape(run: Run, trajectory: str | RecordedTrajectory, step: int | None, part
     recorded = run.load(trajectory, step, partition) if isinstance(trajectory, str) else trajectory
     if recorded.columns is None:
         recorded = run.load(recorded.row)
+    if "tokens" in recorded.row.missing:
+        raise ConfigError(f"fork: trajectory {recorded.row.id} was imported, and its source did not record tokens")
     return Tape.of(recorded)
 
 

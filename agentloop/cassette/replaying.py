@@ -156,6 +156,10 @@ async def _one(
     if [row.attempt for row in chain] != list(range(len(chain))):
         made.damaged.append(f"trajectory {tapes[0].key}: of its attempts only {[row.attempt for row in chain]} are recorded")
         return None
+    for tape in tapes:
+        if tape.row.missing:
+            made.damaged.append(f"trajectory {tape.key}: it was imported, and its source did not record {_listed(tape.row)}")
+            return None
     first, last = tapes[0], tapes[-1]
     end: EndOfRecord | None = None
     try:
@@ -220,6 +224,10 @@ def _unscored(config: LoopConfig) -> LoopConfig:
     actions = config.on_cutoff.model_dump()
     scored = {reason: "score" for reason, action in actions.items() if action == "penalty"}
     return config.model_copy(update={"tool_rewards": "record", "on_cutoff": config.on_cutoff.model_copy(update=scored)})
+
+
+def _listed(row: Row) -> str:
+    return ", ".join(name.replace("_", " ") for name in row.missing)
 
 
 def _sample(tape: Tape, own: dict[str, Sample]) -> Sample:

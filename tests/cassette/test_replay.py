@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentloop.cassette import CassetteMismatch, CassetteTools, EndOfRecord, Replay, replay
+from agentloop.cassette import CassetteMismatch, CassetteTools, EndOfRecord, Replay, fork, replay
 from agentloop.chat import HermesParser, load_renderer
 from agentloop.config import Deadlines, LoopConfig, OnCutoff
 from agentloop.engines.base import Sampling
@@ -231,6 +232,21 @@ async def test_damaged_trajectories_are_named_and_the_others_played(parts: Parts
     tokens.write_bytes(data)
     made = (await replay(tmp_path / "run", parts.loop(ScriptedEngine([])))).check()
     assert len(made.damaged) == 1 and "checksum" in made.damaged[0] and made.played == len(before) - 1
+
+
+async def test_runs_of_other_programs_lack_what_it_takes(parts: Parts, tmp_path: Path) -> None:
+    from agentloop.journal.imports import import_run
+
+    (tmp_path / "dump").mkdir()
+    line = {"input": "user\n1 + 1?\nassistant\n", "output": "2", "gts": "2", "score": 1.0, "step": 1}
+    (tmp_path / "dump" / "1.jsonl").write_text(json.dumps(line) + "\n")
+    import_run(tmp_path / "dump", "verl", tmp_path / "run")
+    made = await replay(tmp_path / "run", parts.loop(ScriptedEngine([])))
+    assert not made.played and not made.mismatches
+    assert len(made.damaged) == 1 and "it was imported, and its source did not record" in made.damaged[0]
+    key = next(Run(tmp_path / "run").trajectories()).id
+    with pytest.raises(ConfigError, match="was imported, and its source did not record tokens"):
+        await fork(tmp_path / "run", key, loop=parts.loop(ScriptedEngine([])), turn=0)
 
 
 # -- drift --------------------------------------------------------------------------------------------------------------
