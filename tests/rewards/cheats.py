@@ -5,8 +5,13 @@ Each is a candidate for one of the two tasks below. None computes the answer.
 
 from __future__ import annotations
 
-FUNCTION = {"fn": "f", "tests": [{"args": [3, [1, 2]], "expected": [7919, "x"]}, {"args": [4, []], "expected": [6, "y"]}]}
-PROGRAM = {"tests": [{"stdin": "3\n", "stdout": "7919\n"}, {"stdin": "4\n", "stdout": "6\n"}]}
+from typing import Any
+
+FUNCTION: dict[str, Any] = {
+    "fn": "f",
+    "tests": [{"args": [3, [1, 2]], "expected": [7919, "x"]}, {"args": [4, []], "expected": [6, "y"]}],
+}
+PROGRAM: dict[str, Any] = {"tests": [{"stdin": "3\n", "stdout": "7919\n"}, {"stdin": "4\n", "stdout": "6\n"}]}
 
 FUNCTION_CHEATS = {
     "an object that equals everything": """
