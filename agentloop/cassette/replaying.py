@@ -24,6 +24,7 @@ from agentloop.loop import AgentLoop
 from agentloop.trajectory import CallRecord, EndReason, Reward, Sample, Trajectory
 
 Source = Literal["recorded", "live"]
+_FOR_EVER_S = 1e6
 
 
 @dataclass
@@ -92,7 +93,7 @@ async def replay(
         played_tools = CassetteTools(cassette, loop.tools, latency=latency, rewards=reward == "live")
 
     def loop_for(chain: Sequence[Row]) -> AgentLoop:
-        config, function = loop.config, loop.reward
+        config, function = _without_a_clock(loop.config, tools, reward), loop.reward
         if reward == "recorded":
             last = chain[-1]
             scored = last.reward is not None or (last.error or "").startswith("the reward failed")
@@ -217,6 +218,14 @@ def _chains(cassette: Cassette, partition: str | None, step: int | None) -> list
 def _decode(loop: AgentLoop) -> Decode:
     renderer = loop.renderer if not callable(loop.renderer) else loop.renderer({})
     return renderer.decode
+
+
+def _without_a_clock(config: LoopConfig, tools: Source, reward: Source) -> LoopConfig:
+    """What a deadline ended is known from the record; a busy machine is not to end anything else."""
+    lifted = {"trajectory_s": _FOR_EVER_S, "generate_s": _FOR_EVER_S}
+    lifted |= {"tools_s": _FOR_EVER_S} if tools == "recorded" else {}
+    lifted |= {"score_s": _FOR_EVER_S} if reward == "recorded" else {}
+    return config.model_copy(update={"deadlines": config.deadlines.model_copy(update=lifted)})
 
 
 def _unscored(config: LoopConfig) -> LoopConfig:

@@ -218,7 +218,8 @@ async def test_what_a_deadline_ended_is_as_recorded(parts: Parts, tmp_path: Path
         before = await record(parts.loop(parts.scripted(say), config=config, tools=tools, recorder=writer), samples(4))
     late = [t for t in before if t.end_reason is EndReason.DEADLINE]
     assert late and len(late) < len(before)
-    made = (await replay(tmp_path / "run", parts.loop(ScriptedEngine([]), config=config, tools=tools))).check()
+    tight = config.model_copy(update={"deadlines": Deadlines(trajectory_s=0.001)})
+    made = (await replay(tmp_path / "run", parts.loop(ScriptedEngine([]), config=tight, tools=tools))).check()
     assert {end.key for end in made.cut} == {f"train-1-{t.id}" for t in late}
     assert batch(by_place(made.trajectories)) == batch(by_place(before)), "they are in the batch all the same"
 
