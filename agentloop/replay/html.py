@@ -146,8 +146,8 @@ class Page:
         """The frame has an origin of its own: what is in it cannot reach the notebook."""
         page = "".join(self.chunks())
         return (
-            f'<iframe title="agentloop replay" sandbox="allow-scripts" allow="clipboard-write" width="100%" height="{self.height}" '
-            f'style="border:0;width:100%" srcdoc="{html.escape(page)}"></iframe>'
+            '<iframe title="agentloop replay" sandbox="allow-scripts" allow="clipboard-write" width="100%" '
+            f'height="{self.height}" style="border:0;width:100%" srcdoc="{html.escape(page)}"></iframe>'
         )
 
     def __repr__(self) -> str:

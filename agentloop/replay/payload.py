@@ -73,7 +73,7 @@ def told(row: Row, name: str, value: Any) -> Any:
 
 
 class Payload:
-    """Answers the viewer's requests about a run; for any thread, one at a time but for forks, which take their time.
+    """Answers the viewer's requests about a run, for any thread; who asks does not wait for forks and searches of others.
 
     `rows`: which trajectories there are to see, asked for again with every overview; all of the run by default. `live`: the run
     may still grow. `fork`: what makes a fork, `(row, turn, call, text) -> sentence`; without it the viewer cannot ask for one.
@@ -108,13 +108,13 @@ class Payload:
                 with self._lock:
                     row = self.row(str(request["key"]))
                 return Answer({"kind": "fork", "text": self._fork(row, int(request["turn"]), place, str(request["text"]))})
+            if kind == "search" and "search" in self._can:
+                return Answer(self.search(str(request["text"]), request.get("keys"), int(request.get("limit") or 100)))
             with self._lock:
                 if kind == "overview":
                     return Answer(self.overview())
                 if kind == "sample":
                     return self.sample(self.row(str(request["key"])))
-                if kind == "search" and "search" in self._can:
-                    return Answer(self.search(str(request["text"]), request.get("keys"), int(request.get("limit") or 100)))
         except (AgentloopError, OSError) as wrong:
             # A page that is handed on does not tell of this machine's folders.
             path = str(self.run.path)
@@ -257,7 +257,7 @@ class Payload:
     # -- search -----------------------------------------------------------------------------------------------------
 
     def search(self, text: str, keys: Iterable[str] | None, limit: int) -> dict[str, Any]:
-        """One hit a trajectory, of up to `limit` of them."""
+        """One hit a trajectory, of up to `limit` of them. Others are answered in between."""
         if not self._rows:
             self.rows()
         wanted = list(self._rows.values()) if keys is None else [self._rows[key] for key in keys if key in self._rows]
@@ -268,7 +268,8 @@ class Payload:
                 break
             searched += 1
             try:
-                hit = first_hit(self.run.load(row, tokens=False), text)
+                with self._lock:
+                    hit = first_hit(self.run.load(row, tokens=False), text)
             except JournalError:
                 continue
             if hit is not None:
