@@ -10,6 +10,7 @@ import math
 import shlex
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from agentloop.trajectory import MIXED, CallRecord, Turn
 PROTOCOL = 1
 PROMPT_CHARS = 200
 """Of the last user message, in the overview."""
+SEARCH_S = 30.0
+"""Of a notebook's kernel, which does nothing else meanwhile."""
 _STD_EPSILON = 1e-6
 
 
@@ -257,14 +260,16 @@ class Payload:
     # -- search -----------------------------------------------------------------------------------------------------
 
     def search(self, text: str, keys: Iterable[str] | None, limit: int) -> dict[str, Any]:
-        """One hit a trajectory, of up to `limit` of them. Others are answered in between."""
+        """One hit a trajectory, of up to `limit` of them. Others are answered in between; after `SEARCH_S` seconds it is left
+        at what was found, and `searched` tells how many were looked at."""
+        until = time.monotonic() + SEARCH_S
         if not self._rows:
             self.rows()
         wanted = list(self._rows.values()) if keys is None else [self._rows[key] for key in keys if key in self._rows]
         hits: list[dict[str, Any]] = []
         searched = 0
         for row in wanted:
-            if len(hits) >= limit:
+            if len(hits) >= limit or time.monotonic() > until:
                 break
             searched += 1
             try:
