@@ -27,7 +27,7 @@ from agentloop.journal.format import (
     sibling_path,
 )
 from agentloop.journal.pieces import PieceReader
-from agentloop.journal.recorded import ORIGINS, TokenFiles
+from agentloop.journal.recorded import ORIGINS
 from agentloop.trajectory import CallRecord, CallStatus, Reward, Sample, StopReason, ToolCall, Turn
 
 Events = list[Mapping[str, Any]]
@@ -137,7 +137,7 @@ def _build_all(
             continue
         for events in trajectories:
             try:
-                step.subjects.append(_build(step, events, data, TokenFiles(tokens, texts), loop))
+                step.subjects.append(_build(step, events, data, tokens.name, texts, loop))
             except JournalError as error:
                 step.found.append(_about(step, str(events[0]["id"]), "record", str(error)))
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -146,8 +146,8 @@ def _build_all(
     step.subjects.sort(key=lambda subject: (subject.uid, subject.sibling, subject.attempt))
 
 
-def _build(step: Step, events: Events, data: Any, files: TokenFiles, loop: Mapping[str, Any]) -> Subject:
-    tokens = files.tokens.name
+def _build(step: Step, events: Events, data: Any, tokens: str, pieces: PieceReader, loop: Mapping[str, Any]) -> Subject:
+    """`data`: the content of the token file, whose name is `tokens`."""
     start = events[0]
     end = events[-1] if _complete(events) else None
     calls: dict[int, list[CallRecord]] = {}
@@ -185,7 +185,7 @@ def _build(step: Step, events: Events, data: Any, files: TokenFiles, loop: Mappi
     if end is not None:
         odd += _settle(turns, end)
     ids = _joined([frame.ids for frame in frames], np.uint32)
-    lens, text = files.texts(frames, ids)
+    spoken = _spoken(frames, ids, pieces)
     sample = {**start["sample"], "tools": None if start["sample"]["tools"] is None else tuple(start["sample"]["tools"])}
     subject = Subject(
         id=str(start["id"]),
@@ -205,7 +205,7 @@ def _build(step: Step, events: Events, data: Any, files: TokenFiles, loop: Mappi
         state=end["state"] if end else None,
         complete=end is not None,
         sampling=start.get("sampling"),
-        pieces=None if lens is None else Pieces(lens, text, told=any(frame.piece_lens is not None for frame in frames)),
+        pieces=spoken,
         texts=texts,
         mask_claim=end.get("mask") if end else None,
         version_claim=end.get("weight_versions") if end else None,
@@ -229,6 +229,16 @@ def _frame(ref: Mapping[str, int], data: Any, tokens: str) -> TokenFrame:
 
 def _values(frame: TokenFrame) -> Any:
     return np.full(len(frame.ids), np.nan, np.float32) if frame.log_probs is None else frame.log_probs
+
+
+def _spoken(frames: Sequence[TokenFrame], ids: Any, pieces: PieceReader) -> Pieces | None:
+    """The bytes of the tokens: looked up by their ids, or each token's own, as old frames have them."""
+    if not all(frame.has_text for frame in frames):
+        return None
+    if all(frame.piece_lens is None for frame in frames):
+        return Pieces(*pieces.lookup(ids))
+    found = [(f.piece_lens, f.piece_bytes) if f.piece_lens is not None else pieces.lookup(f.ids) for f in frames]
+    return Pieces(_joined([lens for lens, _ in found], np.uint16), b"".join(text for _, text in found), told=True)
 
 
 def _joined(arrays: list[Any], dtype: Any) -> Any:

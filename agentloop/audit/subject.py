@@ -185,6 +185,12 @@ def from_trajectory(trajectory: Trajectory, decode: PieceBytes | None = None, lo
         loop=loop or {},
     )
     for part, segment in zip(parts, segments, strict=True):
+        packed = np.frombuffer(segment.packed, np.uint32)
+        if len(packed) and not np.array_equal(packed, subject.ids[part.start : part.end]):
+            at = first_difference(packed, subject.ids[part.start : part.end])
+            message = "a segment's tokens are not those that were appended"
+            wanted = f"token {int(packed[at])}" if at < len(packed) else None
+            subject.found.append(subject.finding("prefix", message, min(part.start + at, position - 1), expected=wanted))
         values = segment.log_probs
         if values is None:
             continue

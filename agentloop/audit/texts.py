@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,8 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
         # Not before the tokens that came out of messages: the glue may say the same.
         begin = next((begin for begin, end in begins if end > at), at)
         found = find(whole, text, max(at, begin))
+        if found is None and (early := find(whole, text, at)) is not None:  # escapes at its beginning count as the template's
+            found = replace(early, exact=False)
         if found is None and not id_ and (CUT.search(whole) or find(whole, text[:_TELLING], 0)):  # of this cut nothing tells
             exact = False
             continue

@@ -61,7 +61,8 @@ def _batch(path: Path, run: str | None, step: int | None, estimator: str | None)
 
     if estimator is not None and estimator not in ESTIMATORS:
         raise ConfigError(f"--estimator: no estimator '{estimator}'; {nearest(estimator, ESTIMATORS)}")
-    report = audit_batch(read_batch(path), None if run is None else open_run(run), step=step, estimator=estimator)
+    opened = None if run is None else open_run(run)
+    report = audit_batch(read_batch(path), opened, step=step, estimator=estimator)
     report.what = f"{path} against {report.what}" if run is not None else str(path)
     return report
 

@@ -32,6 +32,8 @@ class Planted:
     """The first token that is wrong; `None`: it is about no token."""
     only_record: bool = False
     """Only the record can show it."""
+    only_memory: bool = False
+    """The record has not got it."""
 
 
 @cache
@@ -89,6 +91,23 @@ def retokenised_history() -> Planted:
         return rebuilt(t, pieces, turns)
 
     return with_victim(make, "prefix", start(0))
+
+
+def segment_changed_by_hand() -> Planted:
+    """One that keeps what was appended beside what it says."""
+
+    def make(t: Trajectory) -> Trajectory:
+        made = rebuilt(t, pieces_of(t))
+        at = segment_at(t, Origin.SAMPLED, 0)
+        ids = list(t.segments[at].ids)
+        ids[4] += 1
+        made._ids[t.segments[at].start + 4] += 1
+        made._segments = [*t.segments[:at], replace(t.segments[at], ids=tuple(ids)), *t.segments[at + 1 :]]
+        return made
+
+    planted = with_victim(make, "prefix", start(0, 4))
+    planted.only_memory = True
+    return planted
 
 
 def history_changed_in_place() -> Planted:
@@ -513,6 +532,7 @@ def turn_over_its_budget() -> Planted:
 
 BUGS: list[Callable[[], Planted]] = [
     retokenised_history,
+    segment_changed_by_hand,
     history_changed_in_place,
     mask_shifted_by_one,
     tool_tokens_trained,
@@ -586,6 +606,8 @@ def test_a_bug_in_a_ledger_is_found(bug: Callable[[], Planted], tmp_path: Path) 
     tokenizer, _ = renderer_of(NAME)
     if not planted.only_record:
         found(audit_trajectories(planted.trajectories, decode=token_bytes(tokenizer)), planted)
+    if planted.only_memory:
+        return
     report = audit_run(write(tmp_path, NAME, planted.trajectories))
     found(report, planted)
     others = {f.trajectory for f in report.findings} - {planted.victim}
