@@ -73,11 +73,12 @@ class Vocabulary:
     def make(rng: np.random.Generator) -> Vocabulary:
         """Words of 1 to 10 letters, most of them with a space before; the often used ones are short, as in BPE."""
         letters = np.frombuffer(b"etaoinshrdlcumwfgypbvkjxqz", np.uint8)
-        pieces = []
-        for rank in range(VOCABULARY):
-            size = min(10, 1 + int(rng.poisson(1.0 + np.log10(rank + 1))))
-            word = letters[np.minimum(rng.geometric(0.12, size) - 1, 25)].tobytes()
-            pieces.append(b" " + word if rng.random() < 0.7 else word)
+        sizes = np.minimum(10, 1 + rng.poisson(1.0 + np.log10(np.arange(VOCABULARY) + 1)))
+        ends = np.cumsum(sizes)
+        text = letters[np.minimum(rng.geometric(0.12, ends[-1]) - 1, 25)].tobytes()
+        spaces = rng.random(VOCABULARY) < 0.7
+        spans = zip(ends.tolist(), sizes.tolist(), spaces.tolist(), strict=True)
+        pieces = [b" " * space + text[end - size : end] for end, size, space in spans]
         weights = np.cumsum(1.0 / np.arange(1, VOCABULARY + 1))
         return Vocabulary(pieces, np.array([len(piece) for piece in pieces], np.uint16), weights / weights[-1])
 
@@ -316,7 +317,7 @@ def measure(folder: Path, trajectories: int, turns: int, tokens: int, names: Seq
         assert peer.read(trajectories // 2) == run.load(rows[trajectories // 2]).input_ids, peer.name
         shutil.rmtree(peer.folder)
     figures["formats"] = {name: {key: round(value, 4) for key, value in found.items()} for name, found in formats.items()}
-    figures["event_loop"] = late(folder / "late", Source(turns, tokens), max(1, min(20, trajectories)), 0.002)
+    figures["event_loop"] = late(folder / "late", source, max(1, min(20, trajectories)), 0.002)
     return figures
 
 

@@ -177,7 +177,7 @@ def test_damaged_texts_of_tokens_are_reported_and_the_conversation_is_readable(t
     at = data.index(b'"bytes":"') + 12
     events.write_bytes(data[:at] + (b"a" if data[at : at + 1] != b"a" else b"b") + data[at + 1 :])
     run = Run(tmp_path)
-    with pytest.raises(JournalError, match="the texts of tokens, offset .*: the checksum differs"):
+    with pytest.raises(JournalError, match=r"the texts of tokens, offset .*: the checksum differs"):
         run.load("u0_0")
     recorded = run.load("u0_0", tokens=False)
     assert recorded.texts == [None] * 3
