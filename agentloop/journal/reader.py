@@ -177,13 +177,12 @@ class Run:
         return rows
 
     def _pieces_of(self, path: Path) -> PieceReader:
-        """The texts of tokens of an event file, as far as its rows have been read."""
+        """The texts of tokens of an event file, as far as it has been written."""
         pieces = self._pieces.pop(path, None) or PieceReader(path)
         self._pieces[path] = pieces
         while len(self._pieces) > CACHED_PIECES:
             del self._pieces[next(iter(self._pieces))]
-        rows = self._cache.get(path) or self._read(path)
-        pieces.read(rows.pieces)
+        pieces.read(self._read(path).pieces)
         return pieces
 
 

@@ -151,6 +151,10 @@ def test_reading_while_it_is_written(tmp_path: Path) -> None:
         assert [(row.uid, row.complete) for row in run.trajectories()] == [("u1", True), ("u2", True), ("u3", False)]
         assert facts(run.load("u2_2").to_trajectory()) == facts(conversation(NullRecorder(), 2))
         assert len(run.load("u3_3").turns) == 1
+        conversation(writer, 4, tokens=300)
+        writer.flush()
+        row = next(row for row in Run(tmp_path).trajectories() if row.uid == "u4")
+        assert facts(run.load(row).to_trajectory()) == facts(conversation(NullRecorder(), 4, tokens=300))
 
 
 def test_what_the_run_is(tmp_path: Path) -> None:
