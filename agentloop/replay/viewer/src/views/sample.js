@@ -7,7 +7,7 @@ import { scheduleOf } from "../schedule.js";
 import { message, turnBody, turnHead } from "./turn.js";
 import { TokensPane } from "./tokens.js";
 
-const FAR = 900;
+const FAR = 500;
 
 export class SampleView {
   constructor(app) {
@@ -171,7 +171,7 @@ export class SampleView {
     this.scroller.replaceChildren(h("div", { class: "prompt", "data-turn": -1 }, messages), ...turns, end);
     if (scrolled) this.scroller.scrollTop = 0;
     for (const [i, card] of [...this.cards.values()].entries()) {
-      if (i < 4) card.body.fill();
+      if (i < 2) card.body.fill();
       this.observer.observe(card);
     }
     this._markTurn();

@@ -4,7 +4,7 @@ import { copyText, h } from "../dom.js";
 import { count, isNumber, MISSING, number, oneLine, plural, seconds, signed, STATUS_WORDS, STOP_WORDS, visible } from "../format.js";
 import { contentText } from "../search.js";
 
-const LONG = 6000;
+const LONG = 4000;
 
 /** Text that a model, a tool or a dataset wrote; a long one is cut until asked for. */
 export function textBlock(text, { kind = "", label = "text" } = {}) {
