@@ -164,12 +164,13 @@ class PieceReader:
                         raise ValueError("the checksum differs")
                     ids += event["ids"]
                     lens += event["lens"]
-            self._ids = np.concatenate([self._ids, np.array(ids, np.int64)])
-            self._lens = np.concatenate([self._lens, np.array(lens, np.int64)])
+            every_id = np.concatenate([self._ids, np.array(ids, np.int64)])
+            every_len = np.concatenate([self._lens, np.array(lens, np.int64)])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: {error}") from error
-        if len(self._ids) != len(self._lens) or self._ids.min(initial=0) < 0 or self._lens.min(initial=0) < 0:
+        if len(every_id) != len(every_len) or every_id.min(initial=0) < 0 or every_len.min(initial=0) < 0:
             raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: damaged")
+        self._ids, self._lens = every_id, every_len
         self._bytes = np.concatenate([self._bytes, np.frombuffer(b"".join(chunks), np.uint8)])
         self._read = len(events)
         self._starts = np.cumsum(self._lens) - self._lens
@@ -182,15 +183,15 @@ class PieceReader:
         """Lengths (uint16, (n,)) and the joined bytes of `ids` (uint32, (n,)). `JournalError` if one was never told."""
         known = len(self._places)
         if int(ids.max(initial=0)) < known:
-            places = self._places[ids]
+            places = self._places.take(ids)
         else:
             looked_up = (int(self._places[i]) if i < known else self._large.get(i, -1) for i in ids.tolist())
             places = np.fromiter(looked_up, np.int64, len(ids))
         if places.min(initial=0) < 0:
             unknown = int(ids[int(np.argmax(places < 0))])
             raise JournalError(f"{self._path}: the text of token {unknown} is missing")
-        lens = self._lens[places]
+        lens = self._lens.take(places)
         ends = np.cumsum(lens)
-        index: Any = np.repeat(self._starts[places] - (ends - lens), lens)
+        index: Any = np.repeat(self._starts.take(places) - (ends - lens), lens)
         index += np.arange(len(index))
-        return lens.astype(np.uint16), self._bytes[index].tobytes()
+        return lens.astype(np.uint16), self._bytes.take(index).tobytes()
