@@ -144,6 +144,20 @@ def test_reward_range(page: Any, site: Site) -> None:
     assert shown_keys(page) == PLANTED["zero_variance"]
 
 
+def test_lists_are_sorted_by_a_column(page: Any, site: Site) -> None:
+    items = [make(uid=str(i), reward=reward, seed=i) for i, reward in enumerate([0.25, None, 1.0, -0.5])]
+    site.serve(MadeRun(items))
+    open_run(page, site)
+    page.click('[data-value="trajectories"]')
+    in_order = "(rows) => rows.map((row) => Number(row.dataset.key.match(/(\\d+)_0$/)[1]))"
+    for expected in ([2, 0, 3, 1], [3, 0, 2, 1], [0, 1, 2, 3]):
+        page.click('[data-sort="reward"]')
+        shown = page.locator(".row[data-key]").evaluate_all(
+            f"(rows) => ({in_order})(rows.sort((a, b) => a.getAttribute('aria-rowindex') - b.getAttribute('aria-rowindex')))"
+        )
+        assert shown == expected
+
+
 def test_search_finds_text_and_opens_its_turn(page: Any, site: Site) -> None:
     open_run(page, site)
     page.fill(".run-view .search", "took more than 5 S")

@@ -8,12 +8,39 @@ import { BADGES, series, stats } from "../overview.js";
 import { advantageCell, badges, countCell, endBadge, facts, rewardBars, rewardCell, segmented } from "../parts.js";
 import { parseBound, searchRun } from "../search.js";
 
+// Name, class, and what to sort by.
+const COLUMNS = {
+  groups: [
+    ["group", ""],
+    ["step", "num", (group) => group.step],
+    ["prompt", ""],
+    ["n", "num", (group) => group.rows.length],
+    ["rewards", ""],
+    ["mean", "num", (group) => group.stats.mean],
+    ["std", "num", (group) => group.stats.std],
+    ["badges", ""],
+  ],
+  trajectories: [
+    ["trajectory", ""],
+    ["step", "num", (row) => row.step],
+    ["ended", ""],
+    ["reward", "num", (row) => row.reward],
+    ["advantage", "num", (row) => row.advantage],
+    ["turns", "num", (row) => row.turns],
+    ["calls", "num", (row) => row.tool_calls],
+    ["tokens", "num", (row) => row.tokens],
+    ["sampled", "num", (row) => row.sampled_tokens],
+    ["badges", ""],
+  ],
+};
+
 export class RunView {
   constructor(app) {
     this.app = app;
     this.filters = { partition: null, step: null, badges: new Set(), low: null, high: null, hits: null };
     this.kind = "groups";
     this.searching = null;
+    this.sort = { by: null, down: true };
 
     this.charts = runCharts((step) => this.chooseStep(step));
     this.facts = h("div", { class: "run-facts" });
@@ -177,24 +204,49 @@ export class RunView {
     const keys = new Set(this.rows.map((row) => row.group));
     const rewards = stats(this.rows.map((row) => row.reward).filter(isNumber));
     this.range = [Math.min(0, rewards.min ?? 0), Math.max(1, rewards.max ?? 1)];
-    this.items = this.kind === "groups" ? [...keys].map((key) => groups.get(key)) : this.rows;
+    this.items = this._sorted(this.kind === "groups" ? [...keys].map((key) => groups.get(key)) : this.rows);
     const total = this.app.overview.rows.length;
     this.tally.textContent = `${count(keys.size)} ${keys.size === 1 ? "group" : "groups"}, ${count(this.rows.length)} of ${plural(total, "trajectory", "trajectories")}${
       rewards.n ? `, mean reward ${number(rewards.mean)}` : ""
     }`;
-    this.head.replaceChildren(...this._columns().map(([name, cls]) => h("span", { class: cls, role: "columnheader" }, name)));
-    this.head.className = `list-head row ${this.kind}`;
+    this._drawHead();
     this.list.el.setAttribute("aria-label", this.kind === "groups" ? "Groups" : "Trajectories");
     this.list.reset(this.items.length);
     this.el.querySelector(".list-empty")?.remove();
     if (!this.items.length) this.list.spacer.after(h("div", { class: "list-empty" }, total ? "No trajectory fits these filters." : "This run holds no trajectories yet."));
   }
 
-  _columns() {
-    return this.kind === "groups"
-      ? [["group", ""], ["step", "num"], ["prompt", ""], ["n", "num"], ["rewards", ""], ["mean", "num"], ["std", "num"], ["badges", ""]]
-      : [["trajectory", ""], ["step", "num"], ["ended", ""], ["reward", "num"], ["advantage", "num"], ["turns", "num"], ["calls", "num"],
-         ["tokens", "num"], ["sampled", "num"], ["badges", ""]];
+  /** Click on a column's name: sorted by it, from the most; again: from the least; again: as recorded. */
+  _drawHead() {
+    const focused = this.head.getRootNode().activeElement?.dataset?.sort;
+    const { by, down } = this.sort;
+    this.head.className = `list-head row ${this.kind}`;
+    this.head.replaceChildren(
+      ...COLUMNS[this.kind].map(([name, cls, value]) => {
+        if (!value) return h("span", { class: cls, role: "columnheader" }, name);
+        const on = by === name;
+        const order = !on ? "none" : down ? "descending" : "ascending";
+        const sort = () => {
+          this.sort = !on ? { by: name, down: true } : down ? { by: name, down: false } : { by: null, down: true };
+          this.redrawList();
+        };
+        const sign = on ? (down ? " \u2193" : " \u2191") : "";
+        return h("span", { class: cls, role: "columnheader", "aria-sort": order }, h("button", { class: "sort", "data-sort": name, onclick: sort }, name, sign));
+      }),
+    );
+    if (focused) this.head.querySelector(`[data-sort="${focused}"]`)?.focus({ preventScroll: true });
+  }
+
+  _sorted(items) {
+    const value = COLUMNS[this.kind].find(([name]) => name === this.sort.by)?.[2];
+    if (!value) return items;
+    const sign = this.sort.down ? -1 : 1;
+    // What was not recorded comes last either way.
+    return [...items].sort((a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (!isNumber(x) || !isNumber(y)) return isNumber(y) - isNumber(x);
+      return sign * (x - y);
+    });
   }
 
   groupRow(group) {
