@@ -424,28 +424,24 @@ class _Session(ToolSession):
         await self._live.open()
 
     async def call(self, call: ToolCall, *, deadline: float) -> CallRecord:
-        owner = self._owner
-        found = owner.tape.answer(call)
-        ran = found is not None and found[1].status is not CallStatus.CANCELLED
-        if found is None or not ran or found[0] >= owner.edit.first_new_calls:
-            changed = owner.edit.result
-            return (
-                changed
-                if changed is not None and changed.call.id == call.id
-                else await self._live.call(call, deadline=deadline)
-            )
-        changed = owner.edit.result if owner.edit.result is not None and owner.edit.result.call.id == call.id else None
-        record = owner.tape.played(call)
-        if owner.state == "replay":
+        owner, edit, tape = self._owner, self._owner.edit, self._owner.tape
+        found = tape.answer(call)
+        changed = edit.result if edit.result is not None and edit.result.call.id == call.id else None
+        if found is None or found[1].status is CallStatus.CANCELLED or found[0] >= edit.first_new_calls:
+            return changed or await self._live.call(call, deadline=deadline)
+        turn, record = found
+        tape.check_call(turn, record, call)
+        if owner.state == "replay" and record.status is not CallStatus.NOT_RUN:
             again = await self._live.call(call, deadline=deadline)
             if (again.status, again.text) != (record.status, record.text):
                 owner.differences.append(
-                    f"turn {found[0]}: {shown(call)} came to {again.status.value} {_short(again.text)} this time, "
+                    f"turn {turn}: {shown(call)} came to {again.status.value} {_short(again.text)} this time, "
                     f"and to {record.status.value} {_short(record.text)} when it was recorded"
                 )
         elif changed is None and record.reward:
             self._played[call.name] = self._played.get(call.name, 0.0) + record.reward
-        return record if changed is None else changed
+        # What is shared is shown as it was, under whatever limits the loop has now.
+        return changed or (tape.seen(turn, call) if turn < edit.turn else None) or record
 
     async def rewards(self) -> dict[str, float]:
         total = await self._live.rewards()

@@ -83,11 +83,13 @@ class Tape:
     recorded: RecordedTrajectory
     ids: array[int]
     """All its tokens."""
+    inherited: int = 0
+    """So many turns a fork has from its parent, which may have had other limits: what was not run there is not run."""
 
     @classmethod
-    def of(cls, recorded: RecordedTrajectory) -> Tape:
+    def of(cls, recorded: RecordedTrajectory, inherited: int = 0) -> Tape:
         assert recorded.columns is not None
-        return cls(key_of(recorded.row), recorded, array("I", recorded.columns.ids.tolist()))
+        return cls(key_of(recorded.row), recorded, array("I", recorded.columns.ids.tolist()), inherited)
 
     @property
     def row(self) -> Row:
@@ -162,15 +164,23 @@ class Tape:
                 raise EndOfRecord(self.key, len(self.turns) - 1, self.cut)
             raise CassetteMismatch(self.key, _turn_of(call), "call", f"{shown(call)} is called, which was not", now=call)
         turn, record = found
-        if record.call.name != call.name or dump_json(record.call.arguments) != dump_json(call.arguments):
-            message = f"{shown(call)} is called, and {shown(record.call)} was"
-            raise CassetteMismatch(self.key, turn, "call", message, recorded=record.call, now=call)
+        self.check_call(turn, record, call)
         if record.status is CallStatus.CANCELLED:
             raise EndOfRecord(self.key, turn, self.cut or f"the call {shown(call)} was cancelled")
-        if record.status is CallStatus.NOT_RUN:
+        if record.status is CallStatus.NOT_RUN and turn >= self.inherited:
             message = f"{shown(call)} is called, and was not: {record.text}"
             raise CassetteMismatch(self.key, turn, "call", message, recorded=record.text, now=call)
         return record
+
+    def check_call(self, turn: int, record: CallRecord, call: ToolCall) -> None:
+        """Raise `CassetteMismatch` if `call` is another one than `record` is of."""
+        if record.call.name != call.name or dump_json(record.call.arguments) != dump_json(call.arguments):
+            message = f"{shown(call)} is called, and {shown(record.call)} was"
+            raise CassetteMismatch(self.key, turn, "call", message, recorded=record.call, now=call)
+
+    def seen(self, turn: int, call: ToolCall) -> CallRecord | None:
+        """What the model was shown of `call`: its answer, cut to fit as it was then."""
+        return next((record for record in self.turns[turn].calls if record.call.id == call.id), None)
 
     # -- comparing ------------------------------------------------------------------------------------------------------
 
@@ -260,6 +270,7 @@ class Cassette:
         self.run = run if isinstance(run, Run) else Run(run)
         self.rows = {key_of(row): row for row in self.run.trajectories()}
         """By name, in the order in which they started."""
+        self._inherited = int((self.run.meta.get("fork") or {}).get("turn", 0))
         self._tapes: WeakValueDictionary[str, Tape] = WeakValueDictionary()
         self._reading = threading.Lock()
         """A `Run` is for one thread at a time."""
@@ -279,7 +290,7 @@ class Cassette:
     def read(self, key: str) -> Tape:
         """As `tape`, from the disk."""
         with self._reading:
-            return Tape.of(self.run.load(self.rows[key]))
+            return Tape.of(self.run.load(self.rows[key]), self._inherited)
 
     def _few(self, key: str) -> list[str]:
         """Those of the same step first: a hint need not list a whole run."""
