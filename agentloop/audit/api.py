@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from agentloop.audit.against import check_rows, pair
 from agentloop.audit.batches import to_batch
 from agentloop.audit.groups import check_step
-from agentloop.audit.ledger import check_trajectory
+from agentloop.audit.ledger import BELOW_ALL, FAR_ABOVE_ZERO, check_trajectory
 from agentloop.audit.load import read_step
 from agentloop.audit.padded import Batch, check_advantages, check_batch
 from agentloop.audit.report import Finding, Report
 from agentloop.audit.subject import PieceBytes, Subject, from_trajectory
-from agentloop.audit.texts import CUT, Glue, check_glue, check_texts
+from agentloop.audit.texts import CUT, Glue, check_calls, check_glue, check_texts
 from agentloop.audit.trained import Compared, check_agreement, compared
 from agentloop.chat.base import Renderer
 from agentloop.config import LoopConfig
@@ -185,11 +185,14 @@ def _audit(
     glue: list[Glue] = []
     sides: list[Compared] = []
     doubted: list[list[Finding]] = []
+    called: list[Finding | None] = []
     for subject in subjects:
         own = list(check_trajectory(subject))
         report.add(own)
         if not any(finding.invariant in ("turns", "prefix", "record") for finding in own):
             said = list(check_texts(subject, glue))
+            if any(turn.calls for turn in subject.turns):
+                called.append(check_calls(subject))
             if subject.sampling is None:
                 doubted.append(said)
             else:
@@ -204,6 +207,9 @@ def _audit(
         report.skip("what the tokens say, of trajectories that our loop did not make: most of them do not say it")
     else:
         report.add(finding for said in doubted for finding in said)
+    unasked = [finding for finding in called if finding is not None]
+    if 2 * len(unasked) <= len(called):  # else calls are written in a way of their own here
+        report.add(unasked)
     if renderer is not None and tools is None:
         report.skip("prompts against the renderer: the schemas of the tools in them are not known")
     report.add(check_glue(glue))
@@ -379,7 +385,9 @@ def _beside(subject: Subject, trained: Any) -> Iterator[Finding]:
         yield subject.finding("mask", "the trainer trained a token that was not sampled", start + int(wrong[0]), expected="0")
     if not (trained.response_mask > 0).any():
         yield subject.finding("train_side", "the trainer trained none of its tokens", start)
-    wrong = np.flatnonzero((trained.response_mask > 0) & ~((trained.old_log_probs <= 1e-3) & (trained.old_log_probs > -1e4)))
+    wrong = np.flatnonzero(
+        (trained.response_mask > 0) & ~((trained.old_log_probs <= FAR_ABOVE_ZERO) & (trained.old_log_probs > BELOW_ALL))
+    )
     if len(wrong):
         value = float(trained.old_log_probs[wrong[0]])
         yield subject.finding(

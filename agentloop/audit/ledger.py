@@ -18,6 +18,8 @@ from agentloop.trajectory import MIXED, CallStatus, EndReason, StopReason, Turn
 
 ABOVE_ZERO = 1e-3
 """How far above 0 a log-probability may be: float error of a log-softmax in a short type."""
+FAR_ABOVE_ZERO = 0.5
+"""The same for the trainer's, which are told as they are and only compared."""
 BELOW_ALL = -1e4
 """No finite logits give less; placeholders do."""
 _CALL_ID = re.compile(r"^t(\d{4})c(\d{3})$")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentloop.audit.advantages import odd_ones
-from agentloop.audit.ledger import ABOVE_ZERO, BELOW_ALL
+from agentloop.audit.ledger import ABOVE_ZERO, BELOW_ALL, FAR_ABOVE_ZERO
 from agentloop.audit.report import Finding
 from agentloop.audit.trained import Compared, check_agreement
 
@@ -307,7 +307,8 @@ def _log_probs(batch: Batch) -> Iterator[Finding]:
         if values is None:
             continue
         here = batch.mask if name != "rollout_log_probs" else np.ones_like(batch.mask)
-        wrong = here & (~np.isfinite(values) | (values > ABOVE_ZERO) | (values < BELOW_ALL))
+        most = ABOVE_ZERO if name == "rollout_log_probs" else FAR_ABOVE_ZERO
+        wrong = here & (~np.isfinite(values) | (values > most) | (values < BELOW_ALL))
         for row in np.flatnonzero(wrong.any(axis=1)).tolist():
             at = int(wrong[row].argmax())
             message = f"its log-probability is {float(values[row, at]):g}"

@@ -125,7 +125,6 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
     texts = [(record.call.name, record.call.id, clean(record.text)) for record in turn.calls]
     texts += [("", "", clean(f"Error: {error}")) for error in turn.parse_errors]
     whole = pieces.text(first, until)
-    yield from _asked_for(subject, turn)
     at, exact = 0, True
     bounds: list[tuple[int, int]] = []
     begins = _observed(subject, first, until)
@@ -169,8 +168,15 @@ def _observation(subject: Subject, turn: Turn, opening: re.Match[str] | None, gl
         )
 
 
+def check_calls(subject: Subject) -> Finding | None:
+    """The first call that does not stand in what the model wrote in its turn."""
+    if subject.pieces is None:
+        return None
+    return next((finding for turn in subject.turns for finding in _asked_for(subject, turn)), None)
+
+
 def _asked_for(subject: Subject, turn: Turn) -> Iterator[Finding]:
-    """The calls of a turn stand in what the model wrote in it: their names, and what of their arguments is plain."""
+    """Of a call its name, and what of its arguments is plain."""
     assert subject.pieces is not None
     said = subject.pieces.text(min(turn.start, len(subject)), min(turn.end, len(subject)))
     for record in turn.calls:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 from agentloop.audit import Report, audit_batch, audit_run
 from agentloop.batch import to_dataproto
@@ -46,7 +46,7 @@ def conversation(uid: str, sibling: int, tokens: int) -> Trajectory:
     trajectory.sampling = {"temperature": 1.0, "stop_token_ids": [end], "stop": [], "log_probs": True}
     trajectory.append_prompt(renderer.prompt(sample.messages))
     for index in range(TURNS):
-        said: list[int] = []
+        said = list(tokenizer.encode('{"name": "look_up", "arguments": {"key": "x"}}', add_special_tokens=False))
         while len(said) < tokens // (2 * TURNS) - 1:
             said += rng.choice(words)
         said.append(end)
@@ -79,9 +79,9 @@ def main(count: int, tokens: int) -> None:
             "the batch against the run": lambda: audit_batch(batch, folder),
         }
         for what, audit in audits.items():
-            began = perf_counter()
+            began, worked = perf_counter(), process_time()
             report = audit()
-            print(f"{what}: {perf_counter() - began:.2f} s")
+            print(f"{what}: {perf_counter() - began:.2f} s, of which the processor worked {process_time() - worked:.2f} s")
             report.raise_if_any()
 
 
