@@ -1,6 +1,6 @@
 """Does a tiny model learn to write Python for its tool? `python -m benchmarks.code_math` trains it and reports.
 
-About 6 minutes on two idle cores. What is measured is a run of `python -m examples.code_math.run`.
+About 8 minutes on two cores. What is measured is a run of `python -m examples.code_math.run`.
 """
 
 from __future__ import annotations
