@@ -49,11 +49,13 @@ class Ahead(Generic[T]):
 
 def asked_for(request: pytest.FixtureRequest, argument: str, **others: Any) -> list[str]:
     """The values of a test's `argument` in this run, of those tests of the module whose other parameters are `others`."""
-    found = []
+    found: list[str] = []
     for item in request.session.items:
-        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        parameters: Mapping[str, Any] = (
+            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        )
         if item.path == request.path and argument in parameters and others.items() <= parameters.items():
-            found.append(parameters[argument])
+            found.append(str(parameters[argument]))
     return found
 
 

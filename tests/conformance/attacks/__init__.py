@@ -7,7 +7,8 @@ in the same run in which it throws the attack at every kind of sandbox.
 from __future__ import annotations
 
 from tests.conformance.attacks import control, files, kernel, memory, network, output, processes, sharing
-from tests.conformance.attacks.base import Attack, Host, Outcome, Place, Target, carry_out
+from tests.conformance.attacks.base import Attack, Outcome, Place, Target, carry_out
+from tests.conformance.attacks.host import Host
 
 MODULES = (processes, memory, network, files, output, control, kernel, sharing)
 ATTACKS: dict[str, Attack] = {attack.name: attack for module in MODULES for attack in module.ATTACKS}
