@@ -14,7 +14,7 @@ import { RunView } from "./views/run.js";
 import { SampleView } from "./views/sample.js";
 
 const CACHE_BYTES = 16e6;
-const SLOW_MS = 1000;
+const SLOW_MS = 800;
 
 const HELP = [
   ["j k", "next and previous turn"],

@@ -117,7 +117,7 @@ export class SampleView {
     const info = Object.entries(header.reward?.info ?? {});
     const parts = [
       ...components.map(([name, value]) => [visible(name), signed(value), "component"]),
-      ["tokens", `${count(sample.n)} (${count(row.sampled_tokens)} sampled)`],
+      ["tokens", sample.n ? `${count(sample.n)} (${count(row.sampled_tokens)} sampled)` : MISSING],
       ["took", seconds(header.total_s)],
       header.score_s ? ["scored in", seconds(header.score_s)] : null,
       ["train side", trainWords(header, sample)],

@@ -46,7 +46,7 @@ export function message(item, onFork) {
 
 /** The line that is always there; `onOpen` brings the turn's tokens. */
 export function turnHead(turn, onOpen) {
-  const cut = turn.stop_reason !== "stop";
+  const cut = turn.stop_reason && turn.stop_reason !== "stop";
   const failed = (turn.calls ?? []).filter((call) => call.status !== "ok").length;
   const wrong = [
     cut ? STOP_WORDS[turn.stop_reason] ?? visible(turn.stop_reason) : null,
