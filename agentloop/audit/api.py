@@ -56,6 +56,8 @@ def audit_run(
             if place.partition == "train":
                 report.add(_temperature(read.subjects, meta))
                 _train_side(report, run, place.step, read.subjects, _estimator(meta))
+    if not report.trajectories:
+        report.skip("anything: no trajectory is recorded")
     report.findings.sort(key=_order)
     return report
 
