@@ -64,7 +64,8 @@ class ToolSessions(ABC):
 
     @abstractmethod
     def session(self, sample: Sample, trajectory_id: str) -> ToolSession:
-        """The session of one trajectory, not opened yet. `trajectory_id` is unique within the run. `sample.tools` and `sample.tools_kwargs` select and configure;
+        """The session of one trajectory, not opened yet. `trajectory_id` is unique within the run. `sample.tools` and
+        `sample.tools_kwargs` select and configure;
         an unknown name raises `ConfigError`."""
 
     async def close(self) -> None:  # noqa: B027

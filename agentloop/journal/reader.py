@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,8 @@ class Run:
         """Least recently used first."""
         self._pieces: dict[Path, PieceReader] = {}
         """The same."""
+        self._lock = threading.RLock()
+        """Of both: a viewer loads in several threads."""
         self._train_side = TrainSideIndex(self.path)
 
     @property
@@ -162,28 +165,30 @@ class Run:
         return [(path, name) for path, name in named if name is not None]
 
     def _read(self, path: Path) -> Rows:
-        rows = self._cache.pop(path, None)
-        size = path.stat().st_size
-        if rows is None or rows.size > size:
-            rows = read_rows(path)
-        elif rows.size < size:
-            rows.scan()
-        self._cache[path] = rows
-        kept = 0
-        for other in reversed(list(self._cache)):
-            kept += len(self._cache[other])
-            if kept > CACHED_ROWS and other != path:
-                del self._cache[other]
-        return rows
+        with self._lock:
+            rows = self._cache.pop(path, None)
+            size = path.stat().st_size
+            if rows is None or rows.size > size:
+                rows = read_rows(path)
+            elif rows.size < size:
+                rows.scan()
+            self._cache[path] = rows
+            kept = 0
+            for other in reversed(list(self._cache)):
+                kept += len(self._cache[other])
+                if kept > CACHED_ROWS and other != path:
+                    del self._cache[other]
+            return rows
 
     def _pieces_of(self, path: Path) -> PieceReader:
         """The texts of tokens of an event file, as far as it has been written."""
-        pieces = self._pieces.pop(path, None) or PieceReader(path)
-        self._pieces[path] = pieces
-        while len(self._pieces) > CACHED_PIECES:
-            del self._pieces[next(iter(self._pieces))]
-        pieces.read(self._read(path).pieces)
-        return pieces
+        with self._lock:
+            pieces = self._pieces.pop(path, None) or PieceReader(path)
+            self._pieces[path] = pieces
+            while len(self._pieces) > CACHED_PIECES:
+                del self._pieces[next(iter(self._pieces))]
+            pieces.read(self._read(path).pieces)
+            return pieces
 
 
 def is_run(path: Path) -> bool:

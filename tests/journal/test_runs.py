@@ -157,6 +157,18 @@ def test_reading_while_it_is_written(tmp_path: Path) -> None:
         assert facts(run.load(row).to_trajectory()) == facts(conversation(NullRecorder(), 4, tokens=300))
 
 
+def test_many_threads_read_one_run(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        for seed in range(24):
+            conversation(writer, seed, step=seed % 3)
+    for _ in range(5):
+        run = Run(tmp_path)
+        with ThreadPoolExecutor(8) as pool:
+            loaded = list(pool.map(lambda row: facts(run.load(row).to_trajectory()), list(run.trajectories()) * 2))
+        for row, told in zip(list(run.trajectories()) * 2, loaded, strict=True):
+            assert told == facts(conversation(NullRecorder(), int(row.uid[1:]), step=row.step))
+
+
 def test_what_the_run_is(tmp_path: Path) -> None:
     with JournalWriter(tmp_path, meta={"seed": 7, "config": {"max_turns": 3}, "tools": [{"name": "calculator"}]}):
         pass
