@@ -482,8 +482,8 @@ class Driver:
         if shell:
             try:
                 child = Child(self.open_files, request["language"], request["code"])
-            except OSError as error:  # what the session has left running fills the process limit
-                self.send(dict(NOTHING, id=request["id"], error="no process could be started: %s" % error.strerror))
+            except OSError as refused:  # what the session has left running fills the process limit
+                self.send(dict(NOTHING, id=request["id"], error="no process could be started: %s" % refused.strerror))
                 return
             data = request["stdin"].encode("utf-8", "surrogateescape")
         else:

@@ -163,10 +163,11 @@ def test_many_threads_read_one_run(tmp_path: Path) -> None:
             conversation(writer, seed, step=seed % 3)
     for _ in range(5):
         run = Run(tmp_path)
+        rows = list(run.trajectories()) * 2
         with ThreadPoolExecutor(8) as pool:
-            loaded = list(pool.map(lambda row: facts(run.load(row).to_trajectory()), list(run.trajectories()) * 2))
-        for row, told in zip(list(run.trajectories()) * 2, loaded, strict=True):
-            assert told == facts(conversation(NullRecorder(), int(row.uid[1:]), step=row.step))
+            loaded = list(pool.map(run.load, rows))
+        for row, recorded in zip(rows, loaded, strict=True):
+            assert facts(recorded.to_trajectory()) == facts(conversation(NullRecorder(), int(row.uid[1:]), step=row.step))
 
 
 def test_what_the_run_is(tmp_path: Path) -> None:
