@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,8 +68,6 @@ def replay(
     if "reward" in again and function is None:
         raise ConfigError(f"{opened.path}/run.json: key 'setup.reward' names no reward to call")
     parts = loop_of(opened, model=model, tools=tools_file, parser=parser, reward=function, loop=given(loop))
-    logging.getLogger("agentloop").setLevel(logging.CRITICAL)  # failures that are played back are no news
-
     cassette = Cassette(opened)
     known = dict.fromkeys((row.partition, row.step) for row in cassette.rows.values())
     places = [place for place in known if partition in (None, place[0]) and step in (None, place[1])]
@@ -96,7 +96,8 @@ def replay(
             await parts.tools.close()
         await close_all([function])
 
-    asyncio.run(play())
+    with _quiet():
+        asyncio.run(play())
     if as_json:
         typer.echo(json.dumps(_told(opened, total)))
     else:
@@ -147,3 +148,15 @@ def given(pairs: list[str] | None) -> dict[str, object]:
         raise ConfigError(f"--loop: {str(error).splitlines()[0]}") from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Failures that are played back are no news."""
+    log = logging.getLogger("agentloop")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
