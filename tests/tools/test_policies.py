@@ -181,10 +181,12 @@ async def test_a_tool_that_ignores_cancellation_is_left_behind(
     async with opened(
         ToolRegistry.from_tools([stubborn], {"stubborn": {"max_concurrency": 1, "timeout": 0.1, "deadline": 0.3}})
     ) as session:
-        assert (await call(session, "stubborn", {"wait": True})).status is CallStatus.TIMEOUT
-        assert "does not end although it was cancelled" in caplog.text
-        assert (await call(session, "stubborn", {"wait": False})).attempts == 0, "it keeps its place"
-        finish.set()
+        try:
+            assert (await call(session, "stubborn", {"wait": True})).status is CallStatus.TIMEOUT
+            assert "does not end although it was cancelled" in caplog.text
+            assert (await call(session, "stubborn", {"wait": False})).attempts == 0, "it keeps its place"
+        finally:
+            finish.set()
         await asyncio.sleep(0.01)
         assert (await call(session, "stubborn", {"wait": False})).status is CallStatus.OK
 
