@@ -122,7 +122,7 @@ class WorkerPool:
                 raise WorkerTimeout(f"killed after {self.limit_s:g} s", answer.get("cpu_s"))
             if status == "oom":
                 raise WorkerOutOfMemory(f"it asked for more than {self._settings['memory_mb']} MiB")
-            if last or status == "error":
+            if status in ("crash", "error"):
                 raise WorkerCrash(f"{self._settings['target']}: {answer['error']}")
         raise AssertionError("unreachable")
 
@@ -251,17 +251,22 @@ class PoolService(Service):
             raise ValueError(f"a pool of workers has no method {method!r}")
         payload = json.dumps(params["payload"]).encode()
         async with self._free:
-            worker = await self._take()
-            self._busy.add(worker)
-            try:
-                return await self._ask(worker, payload)
-            finally:
-                self._busy.discard(worker)
-                if worker.pidfd >= 0 and worker.calls < int(self.settings["recycle"]):
-                    self._idle.append(worker)
-                else:
-                    worker.kill()
-                    self._refill()
+            answer = await self._ask_one(await self._take(), payload)
+            if answer["status"] == "crash":  # it may have been dying before it was asked; one that was just forked was not
+                answer = await self._ask_one(await self._fork(), payload)
+            return answer
+
+    async def _ask_one(self, worker: _Worker, payload: bytes) -> dict[str, Any]:
+        self._busy.add(worker)
+        try:
+            return await self._ask(worker, payload)
+        finally:
+            self._busy.discard(worker)
+            if worker.pidfd >= 0 and worker.calls < int(self.settings["recycle"]):
+                self._idle.append(worker)
+            else:
+                worker.kill()
+                self._refill()
 
     async def _take(self) -> _Worker:
         while self._idle:
