@@ -300,6 +300,8 @@ class LocalEngine(Engine):
     def _new_cache(self, slots: int) -> SlotCache:
         config = self._model.config
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if getattr(config, "kv_lora_rank", None):  # latent attention, whose `head_dim` is that of its rotary part
+            dim = max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return SlotCache(
             config.num_hidden_layers,
@@ -329,10 +331,12 @@ class LocalEngine(Engine):
                 raise EngineError(f"unknown tag '{tag}': {nearest(tag, ('weights', 'kv_cache'))}")
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """What `update_weights` may name; tied tensors under each of their names."""
+        """What `update_weights` may name; tied tensors under each of their names, and the experts of a mixture both as
+        transformers fuses them and one by one, as they are published."""
         tensors = dict(self._model.named_parameters(remove_duplicate=False))
         saved = self._model.state_dict().keys()
-        return tensors | {name: tensor for name, tensor in self._model.named_buffers() if name in saved}
+        tensors |= {name: tensor for name, tensor in self._model.named_buffers() if name in saved}
+        return tensors | dict(_experts(tensors))
 
 
 def _post(loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], result: T | BaseException) -> None:
@@ -357,6 +361,22 @@ def _tied(staged: Iterable[str], targets: Mapping[str, torch.Tensor]) -> Iterato
         other = first.setdefault(id(targets[name]), name)
         if other != name:
             yield other, name
+
+
+def _experts(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of transformers 5's fused experts under the names of checkpoints: `experts.gate_up_proj` [experts, 2 * width,
+    hidden] and `experts.down_proj` [experts, hidden, width] hold `experts.3.gate_proj.weight`, and so on."""
+    for name, tensor in tensors.items():
+        start, _, kind = name.rpartition(".")
+        if tensor.dim() != 3 or not start.endswith(".experts") or kind not in ("gate_up_proj", "down_proj"):
+            continue
+        for number, expert in enumerate(tensor.detach()):
+            if kind == "down_proj":
+                yield f"{start}.{number}.down_proj.weight", expert
+                continue
+            gate, up = expert.chunk(2)
+            yield f"{start}.{number}.gate_proj.weight", gate
+            yield f"{start}.{number}.up_proj.weight", up
 
 
 def _text_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:

@@ -25,7 +25,8 @@ class Fill(NamedTuple):
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """A fixed number of rows ("slots") in one tensor `[layers, 2, slots, kv_heads, length, head_dim]`.
+    """A fixed number of rows ("slots") in one tensor `[layers, 2, slots, kv_heads, length, head_dim]`. Where keys and values
+    differ in width (latent attention), `head_dim` is the larger one, and the rest of the smaller ones' room stays zero.
 
     A forward has no padding: its tokens lie side by side, whichever slots they belong to. Slots that decode are the first
     ones, without gaps, so that attention reads a view of them and a decode step copies nothing but the new keys and values.
@@ -136,26 +137,29 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Write `[1, kv_heads, columns, head_dim]`; returns the layer's whole store, `[slots, kv_heads, length, head_dim]`
         each, which `attend` picks from."""
         assert self._store is not None
-        keys, values = self._store[layer_idx, 0], self._store[layer_idx, 1]
+        keys = self._store[layer_idx, 0, ..., : key_states.shape[-1]]
+        values = self._store[layer_idx, 1, ..., : value_states.shape[-1]]
         keys[self._slots, :, self._positions] = key_states[0].transpose(0, 1)
         values[self._slots, :, self._positions] = value_states[0].transpose(0, 1)
         return keys, values
 
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None) -> torch.Tensor:
-        """Attention of `query` `[1, heads, columns, head_dim]`, each column over its own slot: `[1, columns, heads, head_dim]`.
+        """Attention of `query` `[1, heads, columns, head_dim]`, each column over its own slot: `[1, columns, heads, width]`,
+        as wide as the values are.
 
         Heads that share keys are taken as the query's length (decoding) or as a batch (filling), so that no keys are
         repeated: at decode steps that would copy the whole cache.
         """
         _, heads, columns, dim = query.shape
         shared = keys.shape[1]
-        output = query.new_empty(columns, heads, dim)
+        width = values.shape[-1]
+        output = query.new_empty(columns, heads, width)
         count = self._decoding
         if count and self._decode_mask is not None:
             seen = self._decode_mask.shape[-1]
             grouped = query[0, :, :count].transpose(0, 1).reshape(count, shared, -1, dim)
             answer = attention(grouped, keys[:count, :, :seen], values[:count, :, :seen], self._decode_mask, scale=scaling)
-            output[:count] = answer.reshape(count, heads, dim)
+            output[:count] = answer.reshape(count, heads, width)
         for fill, first, mask in self._fills:
             end = fill.start + fill.new
             grouped = query[0, :, first : first + fill.new].reshape(shared, -1, fill.new, dim).transpose(0, 1)
@@ -163,7 +167,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             own_keys, own_values = keys[fill.slot, :, :end].expand(shape), values[fill.slot, :, :end].expand(shape)
             causal = fill.start == 0 and fill.new > 1
             answer = attention(grouped, own_keys, own_values, mask, is_causal=causal, scale=scaling)
-            output[first : first + fill.new] = answer.permute(2, 1, 0, 3).reshape(fill.new, heads, dim)
+            output[first : first + fill.new] = answer.permute(2, 1, 0, 3).reshape(fill.new, heads, width)
         return output[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
