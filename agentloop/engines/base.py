@@ -121,6 +121,12 @@ class Engine(ABC):
         dropped. Unknown names or wrong shapes raise `EngineError` and leave the old version."""
         raise EngineError(f"{type(self).__name__} takes no weights")
 
+    async def weight_checksums(self, names: Sequence[str] | None = None) -> dict[str, int]:
+        """`agentloop.weights.checksum.checksum` of the weights that serve now, read from where they serve, under Hugging Face
+        names; only of those in `names`, if given, leaving out what the engine has not. Raises `EngineError` where it cannot
+        tell, and says why."""
+        raise EngineError(f"{type(self).__name__} cannot tell checksums of its weights")
+
     async def abort_all(self) -> None:
         """End every running and waiting request with `StopReason.ABORTED` and the tokens so far."""
         return

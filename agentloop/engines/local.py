@@ -202,6 +202,19 @@ class LocalEngine(Engine):
                 raise EngineError(f"the weights '{name}' and '{other}' are one tensor in this model and were given two values")
         await self._ask(lambda: self._batch.set_weights(staged, targets, version))
 
+    async def weight_checksums(self, names: Sequence[str] | None = None) -> dict[str, int]:
+        """Exact, of the model's own tensors, between two steps. Experts under their published names, or as transformers fuses
+        them if they are asked for so; tied tensors under each of their names."""
+        from agentloop.weights.checksum import checksum
+
+        self._check_open(asleep=True)
+        tensors = self._tensors()
+        if names is None:
+            wanted = [name for name in tensors if f"{name.rpartition('.')[0]}.0.down_proj.weight" not in tensors]
+        else:
+            wanted = [name for name in names if name in tensors]
+        return await self._ask(lambda: {name: checksum(tensors[name]) for name in wanted})
+
     async def abort_all(self) -> None:
         if self._thread is not None and not self._closed:
             await self._ask(self._batch.abort_all)
