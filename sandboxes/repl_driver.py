@@ -216,7 +216,8 @@ def set_outputs(new: bool = False) -> None:
 def evaluate(main: types.ModuleType, code: str, name: str, value_bytes: int) -> dict[str, Any]:
     """Run `code` in `main`'s namespace; its last expression's value, and how it ended."""
     answer: dict[str, Any] = {"value": None, "value_cut": 0, "exit": 0, "memory": False}
-    linecache.cache[name] = (len(code), None, code.splitlines(True), name)
+    lines = io.StringIO(code + "\n", newline=None).readlines()  # a last line without its end has its marks a column off
+    linecache.cache[name] = (len(code), None, lines, name)
     space = main.__dict__
     try:
         tree, last = ast.parse(code, name), None

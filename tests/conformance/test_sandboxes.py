@@ -571,6 +571,15 @@ async def test_classes_pickle_in_a_session(session: Session) -> None:
     assert sure(await session.run("pickle.loads(pickle.dumps(a)).x")).value == "5"
 
 
+async def test_the_marks_in_a_traceback_stand_under_what_they_mark(run: Any) -> None:
+    """Also under a last line without its newline."""
+    for code in ("y = 1\nx = [1 / 0]", "y = 1\nx = [1 / 0]\n", "y = '\x0c'\r\nx = [1 / 0]"):
+        lines = (await run(code)).stderr.splitlines()
+        source = next(place for place, line in enumerate(lines) if "x = [1 / 0]" in line)
+        marks = lines[source + 1]
+        assert lines[source][marks.index("~") : len(marks)] == "1 / 0"
+
+
 async def test_source_of_a_function_is_in_the_traceback(session: Session) -> None:
     sure(await session.run("def broken():\n    raise ValueError('here')  # the culprit"))
     assert "the culprit" in sure(await session.run("broken()"), Status.ERROR).stderr

@@ -143,7 +143,8 @@ class Interpreter:
             tree = compile(code, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
         except MemoryError:  # the parser's word for its own depth
             raise SyntaxError("too deeply nested") from None
-        linecache.cache[name] = (len(code), None, code.splitlines(True), name)
+        lines = io.StringIO(code + "\n", newline=None).readlines()  # a last line without its end has its marks a column off
+        linecache.cache[name] = (len(code), None, lines, name)
         assert isinstance(tree, ast.Module)
         last = tree.body[-1] if tree.body else None
         if isinstance(last, ast.Expr):
