@@ -56,7 +56,9 @@ class TrainerRow:
     response_ids: Any
     """Integers, (R,). Only their CRC-32 is stored."""
     columns: dict[str, Any]
-    """By names of `COLUMNS`, each (R,); every row of an update has the same names."""
+    """By names of `COLUMNS`, each (R,); every row of an update has the same names. Others are not stored."""
+    versions: tuple[int, int] | None = None
+    """Oldest and newest weights that sampled it, if that is known. Not stored: the journal has them of every token."""
 
 
 def write_update(
