@@ -1,7 +1,8 @@
 """Weights between Megatron and Hugging Face: from checkpoints on disk and from live shards, in buckets, and back.
 
 `mapping` says which tensor holds what; `export` walks it; `checkpoint`, `shards` and `gather` are what it reads from,
-`folder` and `megatron_folder` what it writes.
+`folder` and `megatron_folder` what it writes. `sync` keeps engines at a trainer's weights, in one of several ways
+(`sync_plans`).
 """
 
 from __future__ import annotations
@@ -17,23 +18,37 @@ from agentloop.weights.megatron_folder import write_checkpoint
 from agentloop.weights.shape import ModelShape, read_shape, shape_of
 from agentloop.weights.shards import Shard, ShardSource, to_shard
 from agentloop.weights.source import Source
+from agentloop.weights.sync import Check, CheckReport, MegatronSGLangShardingManager, SyncReport
+from agentloop.weights.sync_guard import GuardedEngine, SyncFailed, WeightsRefused
+from agentloop.weights.sync_plans import DiskPlan, RestartPlan, SendPlan, TensorsPlan
 
 __all__ = [
     "Bucket",
+    "Check",
+    "CheckReport",
     "CheckpointSource",
     "Coordinates",
+    "DiskPlan",
     "Fp8Error",
     "GatheredSource",
+    "GuardedEngine",
     "HfFolder",
     "HfTensors",
     "HfWeights",
     "Item",
     "Layout",
     "MegatronCheckpoint",
+    "MegatronSGLangShardingManager",
     "ModelShape",
+    "RestartPlan",
+    "SendPlan",
     "Shard",
     "ShardSource",
     "Source",
+    "SyncFailed",
+    "SyncReport",
+    "TensorsPlan",
+    "WeightsRefused",
     "export",
     "hf_config",
     "plan",
