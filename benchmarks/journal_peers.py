@@ -83,8 +83,8 @@ class Peer(ABC):
     def close(self) -> None: ...
 
     @abstractmethod
-    def read(self, number: int) -> list[int]:
-        """Read one record whole; its token ids."""
+    def read(self, number: int) -> Sequence[int]:
+        """Read one record whole; its token ids, as the format has them: a list, or an array of numpy's."""
 
     @abstractmethod
     def rewards(self) -> list[float]:
@@ -196,8 +196,25 @@ class Sidecar(Peer):
                 self.tokens.write(frame)
                 at, began = at + size, end
             line = orjson.dumps({"id": record.id, "score": record.reward, "frames": frames, **record.facts}) + b"\n"
-            self.index.write(orjson.dumps([record.id, record.reward, self.events.tell(), len(line)]) + b"\n")
+            self.index.write(orjson.dumps(self.row(record) | {"off": self.events.tell(), "len": len(line)}) + b"\n")
             self.events.write(line)
+
+    @staticmethod
+    def row(record: Record) -> dict[str, Any]:
+        """What a listing of a run shows."""
+        facts = record.facts
+        return {
+            "id": record.id,
+            "uid": facts["uid"],
+            "step": facts["step"],
+            "end_reason": facts["end_reason"],
+            "reward": record.reward,
+            "turns": len(facts["turns"]),
+            "tokens": len(record.ids),
+            "sampled": sum(record.mask),
+            "calls": len(facts["calls"]),
+            "failures": sum(call[2] != "ok" for call in facts["calls"]),
+        }
 
     def close(self) -> None:
         for file in (self.events, self.tokens, self.index):
@@ -206,24 +223,33 @@ class Sidecar(Peer):
     def rows(self) -> list[Any]:
         return [orjson.loads(line) for line in (self.folder / "index").read_bytes().splitlines()]
 
-    def read(self, number: int) -> list[int]:
+    def read(self, number: int) -> Sequence[int]:
+        """All columns and the tokens' texts."""
         if not hasattr(self, "known"):
             self.known = self.rows()
-        _, _, offset, length = self.known[number]
+        row = self.known[number]
         with (self.folder / "events").open("rb") as file:
-            file.seek(offset)
-            line = orjson.loads(file.read(length))
-        ids: list[int] = []
+            file.seek(row["off"])
+            line = orjson.loads(file.read(row["len"]))
+        columns: dict[str, list[Any]] = {"ids": [], "log_probs": [], "lens": []}
+        texts = []
         with (self.folder / "tokens").open("rb") as file:
             for offset, length, n, crc in line["frames"]:
                 file.seek(offset)
                 frame = file.read(length)
                 assert zlib.crc32(frame) == crc
-                ids += np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint32, n).tolist()
+                data = zstandard.ZstdDecompressor().decompress(frame)
+                columns["ids"].append(np.frombuffer(data, np.uint32, n))
+                columns["log_probs"].append(np.frombuffer(data, np.float32, n, 4 * n))
+                columns["lens"].append(np.frombuffer(data, np.uint16, n, 8 * n))
+                texts.append(data[10 * n :])
+        whole: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
+        whole["text"] = b"".join(texts)
+        ids: Sequence[int] = whole["ids"]
         return ids
 
     def rewards(self) -> list[float]:
-        return [row[1] for row in self.rows()]
+        return [row["reward"] for row in self.rows()]
 
 
 class Sqlite(Peer):

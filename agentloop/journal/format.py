@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 import zlib
@@ -98,6 +99,32 @@ def sibling_path(events: Path, suffix: str) -> Path:
 
 Buffer = bytes | memoryview
 
+_NEAR = 64
+"""Bytes between two parts of a file that are read along rather than skipped."""
+
+
+def read_parts(path: Path, places: Sequence[tuple[int, int]]) -> list[Buffer]:
+    """The parts of a file at these offsets and lengths, with as few reads as it takes; shorter ones where the file ends.
+    Raises `OSError`, and `ValueError` for a place that no file has."""
+    if any(offset < 0 or length < 0 for offset, length in places):
+        raise ValueError("a place in a file is negative")
+    parts: list[Buffer] = []
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        first = 0
+        while first < len(places):
+            start, end, last = places[first][0], sum(places[first]), first + 1
+            while last < len(places) and end <= places[last][0] <= end + _NEAR:
+                end, last = sum(places[last]), last + 1
+            chunk = memoryview(os.pread(fd, min(end, size) - start, start) if start < size else b"")
+            parts += [chunk[offset - start : offset - start + length] for offset, length in places[first:last]]
+            first = last
+    finally:
+        os.close(fd)
+    return parts
+
+
 # -- token frames ---------------------------------------------------------------------------------------------------
 
 
@@ -160,41 +187,81 @@ def _planes(numbers: bytes, width: int = 4) -> bytes:
     return bytes(np.frombuffer(numbers, np.uint8).reshape(-1, width).T.tobytes())
 
 
-def _joined_planes(kind: str, n: int, *planes: Any) -> Any:
-    """`n` numbers of four bytes from buffers that hold the lowest 1 to 4 planes between them; what is not there is 0."""
-    joined: Any = np.zeros((n, 4), np.uint8)
-    given = [np.frombuffer(part, np.uint8).reshape(-1, n) for part in planes]
-    for place, plane in enumerate(plane for part in given for plane in part):
-        joined[:, place] = plane
-    return joined.view(kind).reshape(-1)
-
-
 PREFIX_SIZE = _PREFIX.size
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFrame:
+    """A frame whose checksum held, with its columns still in planes."""
+
+    n: int
+    has_text: bool
+    ids: Buffer
+    """3 or 4 planes."""
+    log_probs: tuple[Buffer, Buffer] | None
+    """3 planes, 1 plane."""
+    entropies: Buffer | None
+    """2 planes."""
+    old: TokenFrame | None = None
+    """A frame of the first kind, which has no planes."""
+
+    def put(self, ids: Any, log_probs: Any, entropies: Any = None) -> None:
+        """Write the columns into arrays of `n` numbers: uint32 zeros, float32, float16. What the frame has not is left."""
+        if self.old is not None:
+            ids[:] = self.old.ids
+            if self.old.log_probs is not None:
+                log_probs[:] = self.old.log_probs
+            return
+        _put_planes(ids, self.ids)
+        if self.log_probs is not None:
+            _put_planes(log_probs, *self.log_probs)
+        if self.entropies is not None:
+            _put_planes(entropies, self.entropies)
+
+
+def _put_planes(numbers: Any, *planes: Buffer) -> None:
+    """The bytes of `n` numbers from buffers that hold their lowest planes, one after the other; the higher ones are left."""
+    n = len(numbers)
+    joined = numbers.view(np.uint8).reshape(n, -1)
+    place = 0
+    for part in planes:
+        for plane in np.frombuffer(part, np.uint8).reshape(-1, n) if n else ():
+            joined[:, place] = plane
+            place += 1
 
 
 def decode_frame(packed: bytes, crc: int, where: str) -> TokenFrame:
     """The inverse of `encode_frame`, without the prefix. `JournalError` that begins with `where` if it is damaged."""
+    frame = open_frame(packed, crc, where, zstandard.ZstdDecompressor())
+    if frame.old is not None:
+        return frame.old
+    ids: Any = np.zeros(frame.n, "<u4")
+    log_probs: Any = None if frame.log_probs is None else np.empty(frame.n, "<f4")
+    entropies: Any = None if frame.entropies is None else np.empty(frame.n, "<f2")
+    frame.put(ids, log_probs, entropies)
+    return TokenFrame(ids, log_probs, frame.has_text, entropies=entropies)
+
+
+def open_frame(packed: Buffer, crc: int, where: str, decompressor: zstandard.ZstdDecompressor) -> PackedFrame:
+    """The first half of `decode_frame`."""
     if zlib.crc32(packed) != crc:
         raise JournalError(f"{where}: the checksum of a token frame differs")
     try:
-        data = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=True)
+        data = decompressor.decompress(packed, allow_extra_data=True)
         magic, n, flags = _HEAD.unpack_from(data)
     except (zstandard.ZstdError, struct.error) as error:
         raise JournalError(f"{where}: not a token frame: {error}") from error
     if magic == _OLD_MAGIC:
-        return _decode_old(data, n, flags, where)
+        old = _decode_old(data, n, flags, where)
+        return PackedFrame(n, old.has_text, b"", None, None, old)
     at, exponents = _HEAD.size, n if flags & _HAS_LOG_PROBS else 0
     end = at + (4 if flags & _WIDE_IDS else 3) * n
     rest = end + exponents
     if magic != _MAGIC or len(data) != rest + (2 * n if flags & _HAS_ENTROPIES else 0) or len(packed) < 3 * exponents:
         raise JournalError(f"{where}: not a token frame")
-    if n == 0:
-        return TokenFrame(np.empty(0, "<u4"), np.empty(0, "<f4") if flags & _HAS_LOG_PROBS else None, bool(flags & _HAS_TEXT))
     view = memoryview(data)
-    ids = _joined_planes("<u4", n, view[at:end])
-    log_probs = _joined_planes("<f4", n, memoryview(packed)[len(packed) - 3 * n :], view[end:rest]) if exponents else None
-    entropies = np.stack([view[rest : rest + n], view[rest + n :]], axis=1).view("<f2")[:, 0] if len(data) > rest else None
-    return TokenFrame(ids, log_probs, bool(flags & _HAS_TEXT), entropies=entropies)
+    log_probs = (memoryview(packed)[len(packed) - 3 * n :], view[end:rest]) if flags & _HAS_LOG_PROBS else None
+    return PackedFrame(n, bool(flags & _HAS_TEXT), view[at:end], log_probs, view[rest:] if flags & _HAS_ENTROPIES else None)
 
 
 def _decode_old(data: bytes, n: int, flags: int, where: str) -> TokenFrame:

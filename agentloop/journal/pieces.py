@@ -19,6 +19,8 @@ PieceBytes = Callable[[int], bytes]
 
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 _LARGEST_TABLE = 1 << 22
+_WINDOW = 16
+"""Bytes of a token that are written at once when tokens are spelt. Few tokens are longer."""
 _FEW = 500
 """Numbers that are sorted quicker than a table of the vocabulary is gone through."""
 
@@ -145,9 +147,11 @@ class PieceReader:
         """Events that were taken in."""
         self._ids: Any = np.empty(0, dtype=np.int64)
         """Of the columns below; one that comes twice counts as it came last."""
-        self._lens: Any = np.empty(0, dtype=np.int64)
-        self._bytes: Any = np.empty(0, dtype=np.uint8)
-        self._starts: Any = np.empty(0, dtype=np.int64)
+        self._lens: Any = np.empty(0, dtype=np.uint16)
+        self._windows: Any = np.empty(0, dtype=f"V{_WINDOW}")
+        """The first bytes of each, zeros behind them."""
+        self._tails: dict[int, bytes] = {}
+        """Of those that are longer, by place: the rest."""
         self._places: Any = np.empty(0, dtype=np.int64)
         """By id, of ids that are not huge, where it is in the columns; -1: not told."""
         self._large: dict[int, int] = {}
@@ -172,15 +176,18 @@ class PieceReader:
                     ids += event["ids"]
                     lens += event["lens"]
             every_id = np.concatenate([self._ids, np.array(ids, np.int64)])
-            every_len = np.concatenate([self._lens, np.array(lens, np.int64)])
+            every_len = np.concatenate([self._lens.astype(np.int64), np.array(lens, np.int64)])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: {error}") from error
         if len(every_id) != len(every_len) or every_id.min(initial=0) < 0 or every_len.min(initial=0) < 0:
             raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: damaged")
-        self._ids, self._lens = every_id, every_len
-        self._bytes = np.concatenate([self._bytes, np.frombuffer(b"".join(chunks), np.uint8)])
+        if every_len.max(initial=0) > MAX_PIECE:
+            raise JournalError(f"{self._path}: the texts of tokens, offset {offset}: damaged")
+        windows, tails = _windows(np.array(lens, np.int64), b"".join(chunks))
+        self._tails |= {len(self._lens) + place: tail for place, tail in tails.items()}
+        self._windows = np.concatenate([self._windows, windows])
+        self._ids, self._lens = every_id, every_len.astype(np.uint16)
         self._read = len(events)
-        self._starts = np.cumsum(self._lens) - self._lens
         small = np.flatnonzero(self._ids < _LARGEST_TABLE)
         self._places = np.full(int(self._ids[small].max(initial=-1)) + 1, -1, dtype=np.int64)
         self._places[self._ids[small]] = small
@@ -188,6 +195,10 @@ class PieceReader:
 
     def lookup(self, ids: Any) -> tuple[Any, bytes]:
         """Lengths (uint16, (n,)) and the joined bytes of `ids` (uint32, (n,)). `JournalError` if one was never told."""
+        return self.spell(self.places(ids))
+
+    def places(self, ids: Any) -> Any:
+        """Where `ids` (uint32, (n,)) are in the columns, which only ever grow; for `spell`. `JournalError` if one is not."""
         known = len(self._places)
         if int(ids.max(initial=0)) < known:
             places = self._places.take(ids)
@@ -197,16 +208,30 @@ class PieceReader:
         if places.min(initial=0) < 0:
             unknown = int(ids[int(np.argmax(places < 0))])
             raise JournalError(f"{self._path}: the text of token {unknown} is missing")
+        return places
+
+    def spell(self, places: Any) -> tuple[Any, bytes]:
+        """Lengths (uint16, (n,)) and the joined bytes of the tokens at these places."""
         lens = self._lens.take(places)
-        return lens.astype(np.uint16), self._bytes.take(_spans(self._starts.take(places), lens)).tobytes()
+        starts = np.cumsum(lens, dtype=np.int64)
+        size = int(starts[-1]) if len(starts) else 0
+        starts -= lens
+        spelt: Any = np.empty(size + _WINDOW, np.uint8)
+        # Every token writes a whole window at its start; the next one overwrites what is too much, for numpy assigns in order.
+        np.ndarray((size + 1,), self._windows.dtype, spelt, 0, (1,))[starts] = self._windows.take(places)
+        if self._tails and int(lens.max(initial=0)) > _WINDOW:
+            for at in np.flatnonzero(lens > _WINDOW).tolist():
+                start = int(starts[at])
+                spelt[start + _WINDOW : start + int(lens[at])] = np.frombuffer(self._tails[int(places[at])], np.uint8)
+        return lens, spelt[:size].tobytes()
 
 
-def _spans(starts: Any, lens: Any) -> Any:
-    """The numbers from `start` on, `len` of them, for each start and len: all steps are 1 but those from span to span."""
-    filled = lens > 0
-    starts, lens = starts[filled], lens[filled]
+def _windows(lens: Any, joined: bytes) -> tuple[Any, dict[int, bytes]]:
+    """The first bytes of pieces of these lengths, and by number the rest of those that are longer."""
     ends = np.cumsum(lens)
-    steps: Any = np.ones(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
-    steps[:1] = starts[:1]
-    steps[ends[:-1]] = starts[1:] - starts[:-1] - lens[:-1] + 1
-    return np.cumsum(steps, out=steps)
+    starts = ends - lens
+    padded = np.frombuffer(joined + bytes(_WINDOW), np.uint8)
+    found = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[starts]
+    found *= np.arange(_WINDOW) < lens[:, None]
+    long = np.flatnonzero(lens > _WINDOW).tolist()
+    return found.view(f"V{_WINDOW}").reshape(-1), {at: joined[int(starts[at]) + _WINDOW : int(ends[at])] for at in long}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from agentloop.journal.format import (
     load_line,
     parse_file_name,
     parse_step_name,
+    read_parts,
     sibling_path,
 )
 from agentloop.journal.index import Rows, read_rows
@@ -33,6 +35,7 @@ CACHED_ROWS = 200_000
 """Rows that a `Run` keeps, about a kilobyte each; beyond them files are read anew."""
 CACHED_PIECES = 8
 """Event files whose tokens' texts a `Run` keeps."""
+_STARTED = itemgetter(Row._fields.index("t"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +155,15 @@ class Run:
             rows = self._read(path)
             if rows:
                 by_generation.setdefault(name.generation, []).append(rows)
+        merged = by_generation[max(by_generation)] if by_generation else []
+        if len(merged) == 1:
+            return sorted(merged[0], key=_STARTED)
         best: dict[str, Row] = {}
-        for row in chain.from_iterable(by_generation[max(by_generation)] if by_generation else ()):
+        for row in chain.from_iterable(merged):
             other = best.setdefault(row.id, row)
             if other is not row and (other.complete, other.t) < (row.complete, row.t):
                 best[row.id] = row
-        return sorted(best.values(), key=lambda row: row.t)
+        return sorted(best.values(), key=_STARTED)
 
     def event_files(self, place: Place) -> list[Path]:
         """All of them, superseded ones included."""
@@ -206,11 +212,7 @@ def run_names(folder: Path) -> list[str]:
 
 def _read_events(row: Row) -> list[Mapping[str, Any]]:
     try:
-        with row.file.open("rb") as file:
-            events = []
-            for offset, length in row.lines:
-                file.seek(offset)
-                events.append(load_line(file.read(length)))
+        events = [load_line(bytes(line)) for line in read_parts(row.file, row.lines)]
     except (OSError, ValueError, TypeError) as error:
         raise JournalError(f"{row.file}: trajectory {row.id}: {error}") from error
     ours = events and all(isinstance(event, dict) and event.get("id") == row.id for event in events)

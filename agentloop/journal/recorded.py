@@ -6,13 +6,14 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import zstandard
 
-from agentloop.journal.format import FrameRef, JournalError, TokenFrame, decode_frame
+from agentloop.journal.format import FrameRef, JournalError, PackedFrame, open_frame, read_parts
 from agentloop.journal.pieces import PieceReader
 from agentloop.trajectory import (
     MIXED,
@@ -94,7 +95,7 @@ MISSING = ("t", "end_reason", "masked", "turns", "tokens", "tool_calls", "tool_s
 calls failed; `tool_s`, `generate_s`, `total_s`: seconds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Columns:
     """The tokens of one trajectory, one array a property; all have `n` entries."""
 
@@ -110,16 +111,28 @@ class Columns:
     """int16: the turn that the token belongs to; -1 is the prompt."""
     weight_version: Any
     """int64: of the weights that sampled the token; `MIXED_VERSION` and `NO_VERSION` where that is not known."""
-    piece_lens: Any
-    """uint16: bytes of text of each token; `None` if the writer had no tokenizer."""
-    piece_bytes: bytes
-    """The bytes of all tokens, joined."""
+    spoken: Callable[[], tuple[Any, bytes]] = field(repr=False)
+    """Looks up `piece_lens` and `piece_bytes`; called when first asked for one of them."""
     entropies: Any = None
     """float32, in nats, kept to three digits: of the distribution that the token's log-probability is of; NaN where it was not
     sampled or the engine did not tell. `None` if it told none at all."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def _spoken(self) -> tuple[Any, bytes]:
+        return self.spoken()
+
+    @property
+    def piece_lens(self) -> Any:
+        """uint16: bytes of text of each token; `None` if the writer had no tokenizer."""
+        return self._spoken[0]
+
+    @property
+    def piece_bytes(self) -> bytes:
+        """The bytes of all tokens, joined."""
+        return self._spoken[1]
 
     @property
     def pieces(self) -> list[bytes] | None:
@@ -295,13 +308,23 @@ def _build(row: Row, events: Sequence[Mapping[str, Any]], files: TokenFiles, tok
     if end is not None and len(events) - 1 != end.get("events", len(events) - 1):
         raise JournalError(f"{row.file}: trajectory {row.id}: it has {len(events) - 1} of {end['events']} events")
     if columns is not None and end is not None:
-        found = (len(columns), zlib.crc32(columns.ids.tobytes()))
+        found = (len(columns), zlib.crc32(columns.ids))
         if found != (end["tokens"], end["crc"]):
             raise JournalError(f"{row.file}: trajectory {row.id}: its tokens are not those that were counted when it ended")
     tools = start["sample"]["tools"]
     sample = Sample(**{**start["sample"], "tools": None if tools is None else tuple(tools)})
     texts = TextSource({event["turn"]: event for event in events if event["type"] == "turn"}, files)
     return RecordedTrajectory(row, sample, turns, reward, segments, times, columns, texts, answers, start.get("sampling"))
+
+
+class Tokens(NamedTuple):
+    """Of some events, in order; see `Columns`."""
+
+    ids: Any
+    log_probs: Any
+    entropies: Any
+    """float16, or `None`."""
+    spoken: Callable[[], tuple[Any, bytes]]
 
 
 @dataclass(frozen=True)
@@ -312,29 +335,44 @@ class TokenFiles:
     pieces: Callable[[], PieceReader]
     """Called when texts are asked for; may raise `JournalError`."""
 
-    def frames(self, events: Iterable[Mapping[str, Any]]) -> list[TokenFrame]:
-        """The frames of these events, in order, without their texts. Raises `JournalError`."""
+    def read(self, events: Iterable[Mapping[str, Any]]) -> Tokens:
+        """The tokens of these events, in order. Raises `JournalError`, also if the text of one is missing."""
         refs = [FrameRef(**event["tok"]) for event in events if event.get("tok")]
-        if not refs:
-            return []
-        frames = []
         try:
-            with self.tokens.open("rb") as file:
-                for ref in refs:
-                    file.seek(ref.off)
-                    frames.append(decode_frame(file.read(ref.len), ref.crc, f"{self.tokens}, offset {ref.off}"))
+            parts = read_parts(self.tokens, [(ref.off, ref.len) for ref in refs]) if refs else []
         except OSError as error:
             raise JournalError(f"{self.tokens}: {error.strerror}") from error
-        return frames
+        unpack = zstandard.ZstdDecompressor()
+        frames = [
+            open_frame(part, ref.crc, f"{self.tokens}, offset {ref.off}", unpack) for part, ref in zip(parts, refs, strict=True)
+        ]
+        n = sum(frame.n for frame in frames)
+        ids: Any = np.zeros(n, np.uint32)
+        log_probs: Any = np.full(n, np.nan, np.float32)
+        entropies: Any = np.full(n, np.nan, np.float16) if any(frame.entropies is not None for frame in frames) else None
+        at = 0
+        for frame in frames:
+            place = slice(at, at := at + frame.n)
+            frame.put(ids[place], log_probs[place], None if entropies is None else entropies[place])
+        return Tokens(ids, log_probs, entropies, self._spoken(frames, ids))
 
-    def texts(self, frames: Sequence[TokenFrame], ids: Any) -> tuple[Any, bytes]:
-        """Lengths (uint16) and joined bytes of the tokens of some frames; `None` and nothing if one has no text."""
+    def _spoken(self, frames: Sequence[PackedFrame], ids: Any) -> Callable[[], tuple[Any, bytes]]:
+        """Looks up lengths (uint16) and joined bytes of the tokens of some frames; `None` and nothing if one has no text."""
         if not all(frame.has_text for frame in frames):
-            return None, b""
-        if all(frame.piece_lens is None for frame in frames):
-            return self.pieces().lookup(ids)
-        found = [(f.piece_lens, f.piece_bytes) if f.piece_lens is not None else self.pieces().lookup(f.ids) for f in frames]
-        return _joined([lens for lens, _ in found], np.uint16), b"".join(text for _, text in found)
+            return lambda: (None, b"")
+        pieces = self.pieces() if any(frame.old is None for frame in frames) else None
+        if pieces is not None and all(frame.old is None for frame in frames):
+            return partial(pieces.spell, pieces.places(ids))
+        found: list[tuple[Any, bytes]] = []
+        at = 0
+        for frame in frames:
+            place = slice(at, at := at + frame.n)
+            if frame.old is not None:
+                found.append((frame.old.piece_lens, frame.old.piece_bytes))
+            elif pieces is not None:
+                found.append(pieces.lookup(ids[place]))
+        joined = _joined([lens for lens, _ in found], np.uint16), b"".join(text for _, text in found)
+        return lambda: joined
 
 
 @dataclass(frozen=True)
@@ -351,8 +389,7 @@ class TextSource:
             told: str | None = event["text"]
             return told
         try:
-            frames = self.files.frames([event])
-            return None if not frames else _text(*self.files.texts(frames, frames[0].ids))
+            return _text(*self.files.read([event]).spoken()) if event.get("tok") else None
         except (JournalError, TypeError):
             return None
 
@@ -368,9 +405,9 @@ def _columns(
     turns: Sequence[Turn],
     files: TokenFiles,
 ) -> Columns:
-    frames = files.frames(events)
+    tokens = files.read(events)
     counts = [n for _, n, _ in segments]
-    if sum(counts) != sum(len(frame.ids) for frame in frames):
+    if sum(counts) != len(tokens.ids):
         raise JournalError(f"{files.tokens}: trajectory {row.id}: a frame's length is not its event's")
     origins: Any = np.repeat(np.array([ORIGINS.index(origin) for origin, _, _ in segments], np.uint8), counts)
     turn_at: Any = np.repeat(np.array([turn for _, _, turn in segments], np.int16), counts)
@@ -381,20 +418,15 @@ def _columns(
         for version, count in turn.versions:
             versions[at : at + count] = MIXED_VERSION if version == MIXED else NO_VERSION if version is None else version
             at += count
-    log_probs = [np.full(len(f.ids), np.nan, np.float32) if f.log_probs is None else f.log_probs for f in frames]
-    entropies = [np.full(len(f.ids), np.nan, np.float32) if f.entropies is None else f.entropies for f in frames]
-    ids = _joined([frame.ids for frame in frames], np.uint32)
-    piece_lens, piece_bytes = files.texts(frames, ids)
     return Columns(
-        ids=ids,
+        ids=tokens.ids,
         origin=origins,
         mask=mask,
-        log_probs=_joined(log_probs, np.float32),
+        log_probs=tokens.log_probs,
         turn=turn_at,
         weight_version=versions,
-        piece_lens=piece_lens,
-        piece_bytes=piece_bytes,
-        entropies=_joined(entropies, np.float32) if any(frame.entropies is not None for frame in frames) else None,
+        spoken=tokens.spoken,
+        entropies=None if tokens.entropies is None else tokens.entropies.astype(np.float32),
     )
 
 

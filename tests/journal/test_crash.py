@@ -17,6 +17,7 @@ import pytest
 
 from agentloop.errors import ConfigError
 from agentloop.journal import JournalError, JournalWriter, NullRecorder, Run
+from agentloop.journal.index import Rows
 from tests.journal.conversations import conversation, decode, facts
 
 ROOT = Path(__file__).parents[2]
@@ -234,6 +235,22 @@ def test_the_index_can_be_rebuilt(tmp_path: Path) -> None:
     index.unlink()
     assert Run(tmp_path).rebuild_indexes() == 1
     assert index.read_bytes() == written
+
+
+@pytest.mark.parametrize("conversations", [0, 1, 5])
+def test_an_index_alone_tells_the_rows(tmp_path: Path, conversations: int) -> None:
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        for seed in range(conversations):
+            conversation(writer, seed)
+        conversation(writer, 9, stop_after="turn" if conversations else "reward")
+    events = tmp_path / "train" / "step_000000" / "w0.g1.traj.jsonl"
+    scanned, loaded = Rows(events), Rows(events)
+    scanned.scan()
+    scanned.save()
+    loaded.load()
+    assert list(loaded) == list(scanned)
+    assert (loaded.size, loaded.pieces) == (events.stat().st_size, scanned.pieces)
+    assert len(loaded) == conversations + 1
 
 
 @pytest.mark.parametrize("room_again", [False, True])

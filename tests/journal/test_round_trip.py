@@ -6,14 +6,18 @@ import asyncio
 import gc
 import json
 import math
+import struct
 import time
 import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from agentloop.journal import JournalWriter, Run
+from agentloop.journal.format import decode_frame
 from agentloop.journal.recorded import MIXED_VERSION, NO_VERSION
 from agentloop.trajectory import (
     CallRecord,
@@ -270,3 +274,43 @@ class _Yielding:
     def __getattr__(self, name: str) -> object:
         time.sleep(0.0001)
         return getattr(self.writer, name)
+
+
+def test_frames_of_older_journals_can_be_read(tmp_path: Path) -> None:
+    """The first kind of frame had its columns as they are, and each token's text."""
+    with JournalWriter(tmp_path, decode=decode) as writer:
+        trajectory = conversation(writer, 3)
+    expected = Run(tmp_path).load(trajectory.id)
+    texts = expected.texts
+    assert expected.columns is not None and expected.columns.pieces is not None
+    events = tmp_path / "train" / "step_000000" / "w0.g1.traj.jsonl"
+    lines, frames, at, tokens = [], b"", 0, (events.parent / "w0.g1.tok").read_bytes()
+    for line in events.read_bytes().splitlines():
+        event = json.loads(line)
+        if event["type"] == "pieces":
+            continue
+        if event.get("tok"):
+            n = sum(count for _, count in event["segments"])
+            off, length, crc = (event["tok"][name] for name in ("off", "len", "crc"))
+            now = decode_frame(tokens[off : off + length], crc, "here")
+            pieces = expected.columns.pieces[at : at + n]
+            flags, values = (
+                2 | (1 if now.log_probs is not None else 0),
+                b"" if now.log_probs is None else now.log_probs.tobytes(),
+            )
+            lens = np.array([len(piece) for piece in pieces], "<u2").tobytes()
+            data = struct.pack("<4sII", b"TOK1", n, flags) + now.ids.tobytes() + values + lens + b"".join(pieces)
+            packed = zstandard.ZstdCompressor().compress(data)
+            event["tok"] = {"off": len(frames) + 8, "len": len(packed), "crc": zlib.crc32(packed)}
+            frames += struct.pack("<II", len(packed), zlib.crc32(packed)) + packed
+            at += n
+        del event["line_crc"]
+        lines.append(json.dumps(event).encode() + b"\n")
+    events.write_bytes(b"".join(lines))
+    (events.parent / "w0.g1.tok").write_bytes(frames)
+    (events.parent / "w0.g1.index.jsonl").unlink()
+    found = Run(tmp_path).load(trajectory.id)
+    assert found.columns is not None
+    assert (found.input_ids, found.rollout_log_probs) == (expected.input_ids, expected.rollout_log_probs)
+    assert found.columns.pieces == expected.columns.pieces
+    assert found.texts == texts
