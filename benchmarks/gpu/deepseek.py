@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -47,9 +47,9 @@ from benchmarks.gpu.deepseek_model import (
     write_checkpoint,
     write_folder,
 )
-from benchmarks.gpu.engine_support import SETTINGS, missing, summary
+from benchmarks.gpu.engine_support import SETTINGS, Result, failure, missing, summary
 from benchmarks.gpu.weights import copy_bandwidth, furthest, prompt
-from benchmarks.report import RESULTS, Aim, report, save
+from benchmarks.report import RESULTS, Aim
 
 PARTS = ("routing", "updates", "two")
 REQUESTS, NEW_TOKENS = 64, 64
@@ -139,40 +139,25 @@ def start(kind: str, folder: Path, load_format: str, more: dict[str, Any] | None
     return SGLangEngine.load(str(folder), settings=settings, ignore_eos=True)
 
 
-class Bench:
+class Bench(Result):
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.began = args, perf_counter()
-        self.kind: str = args.engine
-        self.device = "cuda" if self.kind == "sglang" else "cpu"
-        self.name = "gpu_deepseek" if self.kind == "sglang" else "deepseek_local"
-        self.figures: dict[str, Any] = {
-            "command": f"python -m benchmarks.gpu.deepseek {' '.join(sys.argv[1:])}".strip(),
-            "engine": self.kind,
-            "sizes": {},
-            "not_run": {},
-        }
+        kind: str = args.engine
+        super().__init__(
+            "gpu_deepseek" if kind == "sglang" else "deepseek_local",
+            aims,
+            args.results,
+            command=f"python -m benchmarks.gpu.deepseek {' '.join(sys.argv[1:])}".strip(),
+            engine=kind,
+        )
+        self.args, self.kind = args, kind
+        self.device = "cuda" if kind == "sglang" else "cpu"
 
     def left(self) -> float:
-        return float(self.args.budget_s) - (perf_counter() - self.began)
-
-    def note(self, **figures: Any) -> None:
-        """Into the result, which is written."""
-        self.figures.update(figures)
-        self.say(figures)
-        save(self.name, self.figures, aims(self.figures), self.args.results)
+        """Seconds of the budget."""
+        return float(self.args.budget_s) - self.seconds
 
     def size(self, size: str, **figures: Any) -> None:
-        self.figures["sizes"].setdefault(size, {}).update(figures)
-        self.say({size: figures})
-        save(self.name, self.figures, aims(self.figures), self.args.results)
-
-    def refuse(self, step: str, why: str) -> None:
-        self.figures["not_run"][step] = why
-        self.say({"not run": {step: why}})
-        save(self.name, self.figures, aims(self.figures), self.args.results)
-
-    def say(self, told: Any) -> None:
-        print(f"[{perf_counter() - self.began:6.1f} s] {told}", flush=True)
+        self.under("sizes", size, **figures)
 
     async def attempt(self, step: str, call: Callable[[], Awaitable[None]], needs_s: float = 0.0) -> bool:
         """Whether the step ran to its end. Its failure is told and ends nothing else."""
@@ -449,14 +434,7 @@ def apart(some: Sequence[float] | None, others: Sequence[float]) -> list[float]:
     return [abs(a - b) for a, b in zip(some or (), others, strict=True)]
 
 
-def failure(error: BaseException) -> str:
-    """What refused, and why: the error, and the last line of ours that led to it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}benchmarks{os.sep}" in frame.filename]
-    where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].line})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{where}"
-
-
-def aims(figures: dict[str, Any]) -> list[Aim]:
+def aims(figures: Mapping[str, Any]) -> list[Aim]:
     found = []
     told = figures.get("routing", {}).get("transformers_bfloat16") or figures.get("routing", {}).get("transformers_float32")
     if told:
@@ -470,7 +448,7 @@ def aims(figures: dict[str, Any]) -> list[Aim]:
             )
         )
         found.append(Aim("replayed experts: mean difference", again["mean"], "at most 0.02", again["mean"] <= 0.02))
-    for size, of in figures["sizes"].items():
+    for size, of in figures.get("sizes", {}).items():
         if "restart_over_hot_update" in of:
             times = of["restart_over_hot_update"]
             found.append(Aim(f"{size}: restart over hot update, times", times, "above 1", times > 1))
@@ -533,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     bench = Bench(args)
     asyncio.run(bench.run())
-    report(bench.name, bench.figures, aims(bench.figures), args.results)
+    bench.report()
     return 0
 
 

@@ -1,12 +1,18 @@
-"""What the engine benchmarks share: the start, and the sentence where there can be none."""
+"""What the engine benchmarks share: the start, the sentence where there can be none, and a result that grows."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+
+from benchmarks.report import Aim, report, save
 
 MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
 SETTINGS: dict[str, Any] = {
@@ -48,3 +54,53 @@ def summary(differences: Sequence[float]) -> dict[str, float]:
         "p99": round(ordered[int(0.99 * (len(ordered) - 1))], 6),
         "max": round(ordered[-1], 6),
     }
+
+
+class Result:
+    """A benchmark's figures, written after every step, so that one that is cut short has told what it knew."""
+
+    def __init__(self, name: str, aims: Callable[[Mapping[str, Any]], list[Aim]], folder: Path, **figures: Any) -> None:
+        self.name, self.aims, self.folder = name, aims, folder
+        self.figures: dict[str, Any] = {**figures, "not_run": {}}
+        self.began = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return perf_counter() - self.began
+
+    def note(self, **figures: Any) -> None:
+        self.figures.update(figures)
+        self.say(figures)
+
+    def under(self, key: str, place: str, **figures: Any) -> None:
+        """Into the mapping `place` of the mapping `key`."""
+        self.figures.setdefault(key, {}).setdefault(place, {}).update(figures)
+        self.say({place: figures})
+
+    def refuse(self, step: str, why: str) -> None:
+        self.figures["not_run"][step] = why
+        self.say({"not run": {step: why}})
+
+    def say(self, told: Any) -> None:
+        print(f"[{self.seconds:6.1f} s] {told}", flush=True)
+        save(self.name, self.figures, self.aims(self.figures), self.folder)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """What goes wrong in it is told under `not_run`, and what follows runs."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.refuse(name, failure(error))
+
+    def report(self) -> None:
+        report(self.name, self.figures, self.aims(self.figures), self.folder)
+
+
+def failure(error: BaseException) -> str:
+    """What refused, and why: the error, and the last line of ours that led to it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}benchmarks{os.sep}" in frame.filename]
+    where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].line})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{where}"

@@ -1,4 +1,4 @@
-"""`agentloop plan` against what SGLang takes on a GPU: `python -m benchmarks.gpu.plan_check`, about four minutes on an H200.
+"""`agentloop plan` against what SGLang takes on a GPU: `python -m benchmarks.gpu.plan_check`, two to three minutes on an H200.
 
 For a dense model (Qwen3-8B's shape) and a mixture of experts with latent attention (DeepSeek-V3's shape, 14 billion
 parameters), both with random weights: bytes of weights and of the cache, told by how much memory is free before and after each
@@ -12,15 +12,16 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from agentloop.plan import make_plan, question
-from benchmarks.gpu.engine_support import missing
+from benchmarks.gpu.engine_support import Result, missing
 from benchmarks.gpu.models import QWEN3_8B, write_model
 from benchmarks.gpu.throughput import SETTINGS
-from benchmarks.report import Aim, report
+from benchmarks.report import RESULTS, Aim
 
 FRACTION = 0.6
 NEAR = 0.1
@@ -35,8 +36,9 @@ DEEPSEEK: dict[str, Any] = {
     "n_shared_experts": 1,
     "n_routed_experts": 64,
     "num_experts_per_tok": 6,
-    "n_group": 8,
-    "topk_group": 4,
+    # With more than one group chosen SGLang 0.5.12 takes flashinfer's kernel, which wants a CUDA compiler.
+    "n_group": 2,
+    "topk_group": 1,
     "first_k_dense_replace": 1,
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
@@ -66,6 +68,15 @@ def free() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
+async def settled() -> int:
+    """Free memory, once it no longer grows: that of a process that has just ended comes back a moment later."""
+    before, now = -1, free()
+    while now > before:
+        await asyncio.sleep(1.0)
+        before, now = now, free()
+    return now
+
+
 async def slept(engine: Any) -> dict[str, int]:
     """Bytes that the cache and the weights give back. A first request makes what SGLang allocates only then."""
     from agentloop.engines.base import Sampling
@@ -80,26 +91,28 @@ async def slept(engine: Any) -> dict[str, int]:
 
 def tokens(engine: Any) -> int | None:
     """That the cache takes, where this SGLang tells."""
-    told = getattr(engine._engine, "scheduler_info", None) or getattr(engine._engine, "scheduler_infos", None)
-    told = told[0] if isinstance(told, list) else told
-    return None if not isinstance(told, dict) else told.get("max_total_num_tokens")
+    told = getattr(getattr(engine._engine, "_scheduler_init_result", None), "scheduler_infos", None)
+    return told[0].get("max_total_num_tokens") if told else None
 
 
 async def measure(folder: Path) -> dict[str, Any]:
     from agentloop.engines.sglang import SGLangEngine
 
-    before = free()
-    engine = SGLangEngine.load(
-        str(folder), settings={**SETTINGS, "mem_fraction_static": FRACTION, "enable_memory_saver": True}, ignore_eos=True
-    )
+    before = await settled()
+    began = perf_counter()
+    # Few graphs: they are in neither figure.
+    settings = {**SETTINGS, "mem_fraction_static": FRACTION, "enable_memory_saver": True, "cuda_graph_max_bs": 8}
+    engine = SGLangEngine.load(str(folder), settings=settings, ignore_eos=True)
     try:
         after = free()
         found: dict[str, Any] = {
+            "start_s": round(perf_counter() - began, 1),
             "free_before": before,
             "taken": before - after,
             "tokens": tokens(engine),
-            **await slept(engine),
         }
+        print(found, flush=True)
+        found |= await slept(engine)
     finally:
         await engine.close()
     return found
@@ -124,9 +137,9 @@ def planned(folder: Path, measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def aims(figures: dict[str, Any]) -> list[Aim]:
+def aims(figures: Mapping[str, Any]) -> list[Aim]:
     found = []
-    for model, told in figures["models"].items():
+    for model, told in figures.get("models", {}).items():
         for part, value in told["planned"].items():
             measured = told["measured"][part]
             if measured:
@@ -142,16 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why := missing():
         print(f"{why}: nothing was measured", file=sys.stderr)
         return 3
-    models: dict[str, Any] = {}
+    result = Result("gpu_plan_check", aims, RESULTS, command="python -m benchmarks.gpu.plan_check", mem_fraction=FRACTION)
     for name, write in (("qwen3_8b", lambda folder: write_model(folder, QWEN3_8B)), ("deepseek_v3_14b", write_deepseek)):
-        with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        with result.step(name), tempfile.TemporaryDirectory(prefix="plan-") as folder:
             path = Path(folder)
             write(path)
             measured = asyncio.run(measure(path))
-            models[name] = {"measured": measured, "planned": planned(path, measured)}
-            print(name, models[name], flush=True)
-    figures = {"command": "python -m benchmarks.gpu.plan_check", "mem_fraction": FRACTION, "models": models}
-    report("gpu_plan_check", figures, aims(figures))
+            result.under("models", name, measured=measured, planned=planned(path, measured))
+    result.report()
     return 0
 
 
