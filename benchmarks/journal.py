@@ -63,6 +63,8 @@ AIMS = {"write_cpu_s": 18.0 / 1.08, "mb": 1068 / 259, "read_one_ms": 4.3 / 1.0, 
 """What JSON lines of the standard library took over what JSON lines with a token file took, in the comparison that the format
 was chosen by. That one wrote ready numpy columns, as the journal does here. A plain rival of the same kind (`jsonl_sidecar`)
 begins with Python numbers."""
+AT_MOST_MS = {"read_one_ms": 1.0, "list_rewards_ms": 1.1}
+"""What it took there, on another machine; the rival beside tells what this one is like."""
 
 
 @dataclass(frozen=True)
@@ -349,9 +351,11 @@ def aims(figures: dict[str, Any]) -> list[Aim]:
         value = plain[key] / max(mine[key], 1e-9)
         found.append(Aim(f"{key}: JSON lines over the journal", value, f"at least {ratio:.4g}", value >= ratio))
     rival = formats.get("jsonl_sidecar")
-    for key in ("write_cpu_s", "mb", "read_one_ms", "list_rewards_ms") if rival else ():
+    for key in ("write_cpu_s", "mb") if rival else ():
         value = rival[key] / max(mine[key], 1e-9)
         found.append(Aim(f"{key}: the plainest JSON lines with a token file over the journal", value, "at least 1", value >= 1))
+    for key, most in AT_MOST_MS.items():
+        found.append(Aim(f"{key}, ms of the processor", mine[key], f"at most {most}", mine[key] <= most))
     loop = figures["event_loop"]
     late_ms = loop["timer_late_p99_ms"]
     found.append(Aim("event loop: how late a timer fires beside the journal, p99, ms", late_ms, "at most 5", late_ms <= 5))
