@@ -40,9 +40,10 @@ class Process:
 
     def __init__(self, config: Any, llm_client: Any, tokenizer: Any, reward_handles: Any) -> None:
         self.settings: RolloutSettings = read_settings(config)
-        if self.settings.train_side:
+        if self.settings.train_side or self.settings.consistency.limits:
+            key = "train_side" if self.settings.train_side else "consistency"
             raise ConfigError(
-                "agentloop: key 'train_side' needs our manager in the trainer's process "
+                f"agentloop: key '{key}' needs our manager in the trainer's process "
                 "(actor_rollout_ref.rollout.agent.agent_loop_manager_class=agentloop.verl.AgentLoopManager)"
             )
         self.journal: Any = None

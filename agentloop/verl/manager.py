@@ -74,10 +74,12 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         self.use_v1 = bool(config.trainer.get("use_v1", True))
         if not self.use_v1:
             self._keep_fillers_out(config)
-        if self.settings.train_side:
+        if self._compared:
+            from agentloop.verl.consistency import check_thresholds
             from agentloop.verl.train_side import check_trainer
 
             check_trainer(config)
+            check_thresholds(config, self.settings)
         self.fleet: Fleet
 
     @classmethod
@@ -87,16 +89,24 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         manager._start_workers()
         return manager
 
+    @property
+    def _compared(self) -> bool:
+        """Whether trainer and rollout are: where the trainer's values are taken anyway, and where a threshold asks for it."""
+        return self.settings.train_side or bool(self.settings.consistency.limits)
+
     def _start_workers(self) -> None:
         generation = None
         if self.settings.journal:
             from agentloop.journal import next_generation
 
             generation = next_generation(self.settings.run_dir)
-            if self.settings.train_side:
-                from agentloop.verl.train_side import TrainSideWriter, install
+        if self._compared:
+            from agentloop.verl.consistency import StepJudge
+            from agentloop.verl.train_side import TrainSideWriter, install
 
-                install(self.config, TrainSideWriter(self.settings.run_dir, generation))
+            run_dir = self.settings.run_dir if generation is not None else None
+            writer = TrainSideWriter(self.settings.run_dir, generation) if self.settings.train_side and generation else None
+            install(self.config, writer, StepJudge(self.settings.consistency, run_dir, generation or 1))
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
         actors = []
         for index in range(self.settings.num_workers):

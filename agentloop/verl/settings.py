@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from agentloop.config import LoopConfig, Strict, validate
+from agentloop.consistency.judge import Thresholds
 from agentloop.engines.base import Sampling
 from agentloop.errors import ConfigError
 
@@ -41,6 +42,8 @@ class Section(Strict):
     journal: bool = True
     train_side: bool = False
     """Write down what the trainer computes for each trajectory too (`agentloop.verl.train_side`)."""
+    consistency: Thresholds = Thresholds()
+    """How far trainer and rollout may be apart, and what happens beyond that (`docs/consistency.md`)."""
     seed: int | None = None
     """What the request seeds derive from. Default: `data.seed`, else 0."""
     parser: str | None = None
@@ -81,6 +84,7 @@ class RolloutSettings(Strict):
     """Absolute."""
     journal: bool
     train_side: bool
+    consistency: Thresholds
     max_concurrency: int
     oversample_siblings: float
     progress: bool
@@ -130,6 +134,7 @@ def read_settings(config: Any) -> RolloutSettings:
         run_dir=str(Path(run_dir).expanduser().absolute()),
         journal=section.journal,
         train_side=section.train_side,
+        consistency=section.consistency,
         max_concurrency=section.max_concurrency,
         oversample_siblings=section.oversample_siblings,
         progress=section.progress,

@@ -1,4 +1,5 @@
-"""With `agentloop.train_side=true`, what verl's trainer computes for each trajectory is written down beside the journal.
+"""What verl's trainer computes for each trajectory: written down beside the journal (`agentloop.train_side=true`), and compared
+with what the rollout said of it (`agentloop.verl.consistency`).
 
 verl has no plug point that sees log-probabilities, advantages and row keys together, so one method of its trainer is wrapped,
 in the trainer's process, when the manager is made there:
@@ -8,8 +9,8 @@ in the trainer's process, when the manager is made there:
 - Legacy: `RayPPOTrainer._update_actor(batch)`, whose batch has everything, the rows' keys included. In
   steps of `trainer.critic_warmup` it is not called, so nothing is written.
 
-Writing is part of the step: what a step trained on is on disk before its weights change. A failure is logged, counted in
-`TrainSideWriter.errors`, and training goes on.
+Both are part of the step: what a step trained on is on disk, and has been judged, before its weights change (in legacy those of
+a critic have changed by then). A failure is logged and counted, and training goes on.
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agentloop.batch import row_key
+from agentloop.consistency.batches import ROW_KEY, SAMPLED, array, row_of_key, rows_of_dataproto, runs_of_mask
 from agentloop.errors import ConfigError
 from agentloop.journal.train_side import COLUMNS, TrainerRow, write_update
 from agentloop.trajectory import Trajectory
 
+if TYPE_CHECKING:
+    from agentloop.verl.consistency import StepJudge
+
 logger = logging.getLogger(__name__)
 
 SECONDS = "agentloop/train_side_s"
-"""What it cost, among verl's metrics of the step (V1)."""
-ROW_KEY = "agentloop_row"
-"""Column of the legacy batch: the row's key, empty for a filler."""
+"""What it cost, among verl's metrics of the step."""
 
 
 class TrainSideWriter:
@@ -52,8 +55,12 @@ class TrainSideWriter:
             rows = list(make_rows())
             write_update(self.run_dir, rows, step=step, update=update, generation=self.generation, recomputed=recomputed)
         except Exception:
-            self.errors += 1
-            logger.exception("the train side of step %d could not be written; training goes on without it", step)
+            self.lost(step)
+
+    def lost(self, step: int) -> None:
+        """To be called where an exception is handled."""
+        self.errors += 1
+        logger.exception("the train side of step %d could not be written; training goes on without it", step)
 
 
 def check_trainer(config: Any) -> None:
@@ -65,13 +72,13 @@ def check_trainer(config: Any) -> None:
         from importlib.metadata import version
 
         raise ConfigError(
-            f"agentloop: key 'train_side' needs {trainer.__name__}.{name}({', '.join(expected[1:])}) of verl 0.9.1, which verl "
-            f"{version('verl')} does not have; set agentloop.train_side=false"
+            f"agentloop: keys 'train_side' and 'consistency' need {trainer.__name__}.{name}({', '.join(expected[1:])}) of verl "
+            f"0.9.1, which verl {version('verl')} does not have; set agentloop.train_side=false and no thresholds"
         )
 
 
-def install(config: Any, writer: TrainSideWriter) -> Callable[[], None]:
-    """Have the trainer that `config` names write its side of every update, from now on in this process.
+def install(config: Any, writer: TrainSideWriter | None, judge: StepJudge | None = None) -> Callable[[], None]:
+    """Have the trainer that `config` names write its side of every update, and have it judged, from now on in this process.
 
     Returns what takes it back. Installing anew replaces what was installed before.
     """
@@ -81,20 +88,35 @@ def install(config: Any, writer: TrainSideWriter) -> Callable[[], None]:
     recomputed = not correction.get("bypass_mode", False)
     original = inspect.unwrap(getattr(trainer, name), stop=lambda method: not hasattr(method, "agentloop_train_side"))
 
+    def take(make_rows: Callable[[], list[TrainerRow]], step: int, update: int) -> dict[str, float]:
+        """verl's metrics. What is judged has been written before."""
+        began = time.perf_counter()
+        told: dict[str, float] = {}
+        try:
+            rows = make_rows()
+        except Exception as error:
+            if writer is not None:
+                writer.lost(step)
+            return {} if judge is None else judge.failed(step, error)
+        if writer is not None:
+            writer.write(lambda: rows, step=step, update=update, recomputed=recomputed)
+            told[SECONDS] = time.perf_counter() - began
+        return told if judge is None else told | judge(rows, step=step, update=update, recomputed=recomputed)
+
     @functools.wraps(original)
     def compute_advantage(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
         result = original(self, batch, metrics)
-        began = time.perf_counter()
-        update = int(getattr(self, "local_trigger_step", 0))
-        writer.write(lambda: rows_of_queue(batch), step=int(self.global_steps), update=update, recomputed=recomputed)
-        metrics[SECONDS] = time.perf_counter() - began
+        metrics.update(take(lambda: rows_of_queue(batch), int(self.global_steps), int(getattr(self, "local_trigger_step", 0))))
         return result
 
     @functools.wraps(original)
     def update_actor(self: Any, batch: Any) -> Any:
         step = int(self.global_steps)
-        writer.write(lambda: rows_of_dataproto(batch, step), step=step, update=0, recomputed=recomputed)
-        return original(self, batch)
+        told = take(lambda: rows_of_dataproto(batch, step), step, 0)
+        result = original(self, batch)
+        if told and "metrics" in getattr(result, "meta_info", {}):
+            result.meta_info["metrics"].update(told)
+        return result
 
     wrapper: Any = compute_advantage if name == "_compute_advantage" else update_actor
     wrapper.agentloop_train_side = True
@@ -103,10 +125,13 @@ def install(config: Any, writer: TrainSideWriter) -> Callable[[], None]:
 
 
 def add_row_keys(output: Any, trajectories: Sequence[Trajectory]) -> None:
-    """Put the column `ROW_KEY` into a legacy batch that has a row for each of `trajectories`, in order."""
-    column: Any = np.empty(len(trajectories), dtype=object)
-    column[:] = ["" if trajectory.masked else row_key(trajectory) for trajectory in trajectories]
-    output.non_tensor_batch[ROW_KEY] = column
+    """Put the columns `ROW_KEY` and `SAMPLED` into a legacy batch that has a row for each of `trajectories`, in order."""
+    keys = ["" if trajectory.masked else row_key(trajectory) for trajectory in trajectories]
+    sampled = ["" if trajectory.masked else runs_of_mask(trajectory.response_mask) for trajectory in trajectories]
+    for name, values in ((ROW_KEY, keys), (SAMPLED, sampled)):
+        column: Any = np.empty(len(trajectories), dtype=object)
+        column[:] = values
+        output.non_tensor_batch[name] = column
 
 
 def _place(config: Any) -> tuple[Any, str, list[str]]:
@@ -121,37 +146,18 @@ def _place(config: Any) -> tuple[Any, str, list[str]]:
 
 
 def rows_of_queue(batch: Any) -> list[TrainerRow]:
-    """`batch`: TransferQueue's `KVBatchMeta`, whose tags tell verl's padding and the rollout's step."""
+    """`batch`: TransferQueue's `KVBatchMeta`, whose tags tell verl's padding, the rollout's step and its weight versions."""
     import transfer_queue as tq
 
     real = [(key, tag) for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
-    fields = ["responses", *COLUMNS]  # what a row does not have is left out, as verl itself relies on
-    data = tq.kv_batch_get(keys=[key for key, _ in real], partition_id=batch.partition_id, select_fields=fields)
-    columns = {name: data[name].unbind() for name in fields if name in data.keys()}  # noqa: SIM118
+    # What a row does not have is left out, as verl itself relies on. Rejection sampling changes `response_mask` alone.
+    fields = {"responses": "responses", **{name: name for name in COLUMNS}}
+    fields |= {"rollout_log_probs": "rollout_log_probs", "loss_mask": "sampled"}
+    data = tq.kv_batch_get(keys=[key for key, _ in real], partition_id=batch.partition_id, select_fields=list(fields))
+    columns = {own: data[name].unbind() for name, own in fields.items() if name in data.keys()}  # noqa: SIM118
     rows = []
     for place, (key, tag) in enumerate(real):
-        own = {name: _array(column[place]) for name, column in columns.items()}
-        rows.append(_row(key, int(tag["global_steps"]), own))
+        own = {name: array(column[place]) for name, column in columns.items()}
+        versions = (int(tag["min_global_steps"]), int(tag["max_global_steps"])) if "min_global_steps" in tag else None
+        rows.append(row_of_key(key, int(tag["global_steps"]), own, versions))
     return rows
-
-
-def rows_of_dataproto(batch: Any, step: int) -> list[TrainerRow]:
-    """`batch`: padded, with prompts of P places, each response from its first place on."""
-    columns = {name: _array(batch.batch[name]) for name in ("responses", *COLUMNS) if name in batch.batch.keys()}  # noqa: SIM118
-    width = columns["responses"].shape[1]
-    lengths = batch.batch["attention_mask"][:, -width:].sum(dim=1).tolist()
-    return [
-        _row(key, step, {name: column[place, : lengths[place]] for name, column in columns.items()})
-        for place, key in enumerate(batch.non_tensor_batch[ROW_KEY])
-        if key
-    ]
-
-
-def _array(tensor: Any) -> Any:
-    """numpy has no bfloat16."""
-    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
-
-
-def _row(key: str, step: int, columns: dict[str, Any]) -> TrainerRow:
-    uid, sibling, _ = key.rsplit("_", 2)
-    return TrainerRow(step, uid, int(sibling), columns.pop("responses"), columns)
