@@ -91,7 +91,8 @@ def node_command(settings: WorkerSettings, seat: Seat, *, meet: str, port: int) 
 
 def start_node(settings: WorkerSettings, seat: Seat, *, meet: str, port: int) -> subprocess.Popen[bytes]:
     """This node's part of an engine over several nodes. It ends with this process (Linux)."""
-    variables = {**os.environ, **engine_environment(seat.devices, os.environ)}
+    wanted = {**os.environ, **engine_environment(seat.devices, os.environ)}
+    variables = {name: value for name, value in wanted.items() if value is not None}
     parent = os.getpid()
     command = [sys.executable, "-c", _UNTIL_PARENT_ENDS, str(parent), *node_command(settings, seat, meet=meet, port=port)]
     return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, start_new_session=True)

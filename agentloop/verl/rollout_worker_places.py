@@ -6,17 +6,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 from agentloop.errors import ConfigError
 
-IMBALANCE = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0", "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK": "1"}
+ENABLE, DISABLE = IMBALANCE = ("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK")
 """SGLang compares the free memory of a group's GPUs while it starts, and gives up where one has less than nine tenths of
 another. Beside a trainer on the same GPUs that is the usual case (the ranks hold shards of different sizes, rank 0 more than
 the others) and no fault: the memory of the cache is computed from the smallest.
 
-SGLang 0.5.12 reads the first name only and warns about the second; older versions read the second only. Both are set, since
-the version is not known before SGLang is imported. They count in the schedulers, which are processes of their own: whatever
-sets them after those have started sets nothing."""
+Versions before SGLang's change 15802 read the second name only, those after it the first only. They must not both be set:
+0.5.12 copies the second's value over the first's when it is imported, as it is, so that `DISABLE=1` turns the check on. Both
+count in the schedulers, which are processes of their own: whatever sets them after those have started sets nothing."""
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -83,26 +85,53 @@ def _address(mates: Sequence[Place], node: str) -> str:
     return next(place.address for place in mates if place.node == node)
 
 
-def engine_environment(devices: Sequence[str], present: Mapping[str, str]) -> dict[str, str]:
-    """What the engine's processes need beside `present`: the group's devices, and the check of unequal memory turned off,
-    unless the user has set either of its names."""
-    found = {} if any(name in present for name in IMBALANCE) else dict(IMBALANCE)
+def engine_environment(devices: Sequence[str], present: Mapping[str, str]) -> dict[str, str | None]:
+    """What the engine's processes need beside `present`, `None` for what they must not have: the group's devices, and the check
+    of unequal memory turned off under the name that the installed SGLang reads. A user's own wish counts under either name."""
+    check = False
+    if DISABLE in present:
+        check = not _yes(present[DISABLE])
+    if ENABLE in present:
+        check = _yes(present[ENABLE])
+    found: dict[str, str | None] = {ENABLE: None, DISABLE: None}
+    if _reads_enable():
+        found[ENABLE] = "1" if check else "0"
+    else:
+        found[DISABLE] = "0" if check else "1"
     if devices:
         found[DEVICES] = ",".join(devices)
     return found
 
 
+def _yes(value: str) -> bool:
+    return value.strip().lower() in ("1", "true", "yes", "y")
+
+
+def _reads_enable() -> bool:
+    """Asked of SGLang's source: its version number tells less, and importing it changes the environment. True where there is no
+    SGLang."""
+    found = find_spec("sglang")
+    parts = [Path(folder) / "srt" for folder in (found.submodule_search_locations or ())] if found else []
+    parts = [part for part in parts if part.is_dir()]
+    files = [part / "environ.py" for part in parts]
+    return not parts or any(file.is_file() and ENABLE in file.read_text(encoding="utf-8") for file in files)
+
+
 @contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set them for this process and whatever it starts meanwhile; afterwards all is as before: a trainer may live in this
-    process too, and its GPU is its own."""
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set them (`None`: unset) for this process and whatever it starts meanwhile; afterwards all is as before: a trainer may live
+    in this process too, and its GPU is its own."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _set(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -282,9 +282,9 @@ def test_processes_that_the_engine_starts_get_the_groups_devices_and_no_memory_c
         """What a child sees that is spawned while an engine starts, as SGLang spawns its schedulers, and one spawned later."""
         import multiprocessing
 
-        from agentloop.verl.rollout_worker_places import engine_environment, environment
+        from agentloop.verl.rollout_worker_places import DEVICES, IMBALANCE, engine_environment, environment
 
-        names = ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "CUDA_VISIBLE_DEVICES"]
+        names = [*IMBALANCE, DEVICES]
         context = multiprocessing.get_context("spawn")
 
         def look() -> dict[str, str | None]:
@@ -298,7 +298,7 @@ def test_processes_that_the_engine_starts_get_the_groups_devices_and_no_memory_c
     inside, later = cluster.get(group.workers[2].__ray_call__.remote(children_see))
     assert inside == {
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
-        "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK": "1",
+        "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK": None,
         "CUDA_VISIBLE_DEVICES": "2,3",
     }
     assert later["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] is None

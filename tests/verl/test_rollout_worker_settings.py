@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from agentloop.errors import ConfigError
 from agentloop.verl.rollout_worker_engine import meeting_point, node_command, start_node, stop_node, tensors_of
-from agentloop.verl.rollout_worker_places import IMBALANCE, Place, engine_environment, seat
+from agentloop.verl.rollout_worker_places import DISABLE, ENABLE, Place, engine_environment, seat
 from agentloop.verl.rollout_worker_settings import check_world, read_worker_settings
 from tests.verl.assets import QUICKSTART
 from tests.verl.support import verl_config
@@ -163,8 +164,40 @@ def test_groups_that_cannot_be_an_engine_are_refused() -> None:
 
 
 def test_the_check_of_unequal_memory_is_off_unless_the_user_says_otherwise() -> None:
-    assert engine_environment(("1", "0"), {}) == {**IMBALANCE, "CUDA_VISIBLE_DEVICES": "1,0"}
-    assert engine_environment((), {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "1"}) == {}
+    assert engine_environment(("1", "0"), {}) == {ENABLE: "0", DISABLE: None, "CUDA_VISIBLE_DEVICES": "1,0"}
+    for said, check in (
+        ({ENABLE: "1"}, "1"),
+        ({ENABLE: "false"}, "0"),
+        ({DISABLE: "true"}, "0"),
+        ({DISABLE: "0"}, "1"),
+        ({ENABLE: "0", DISABLE: "1"}, "0"),
+    ):
+        assert engine_environment((), said) == {ENABLE: check, DISABLE: None}, said
+
+
+def test_an_sglang_that_reads_the_older_name_gets_that_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "sglang" / "srt" / "environ.py"
+    source.parent.mkdir(parents=True)
+    (tmp_path / "sglang" / "__init__.py").write_text("raise AssertionError('it must not be imported')")
+    source.write_text("flag = get_bool_env_var('SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sglang", raising=False)
+    assert engine_environment((), {}) == {ENABLE: None, DISABLE: "1"}
+    assert engine_environment((), {ENABLE: "1"}) == {ENABLE: None, DISABLE: "0"}
+    source.write_text("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK = EnvBool(True)")
+    assert engine_environment((), {}) == {ENABLE: "0", DISABLE: None}
+
+
+@pytest.mark.parametrize("said", [{}, {DISABLE: "1"}, {ENABLE: "0"}, {ENABLE: "0", DISABLE: "1"}])
+def test_what_takes_effect_in_sglang(said: dict[str, str]) -> None:
+    """SGLang's own reading of the environment, in a process of its own."""
+    if find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed")
+    ask = "from sglang.srt.environ import envs; print(envs.SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK.get())"
+    wanted = {**os.environ, **said, **engine_environment((), said)}
+    env = {name: value for name, value in wanted.items() if value is not None}
+    told = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True, timeout=120)
+    assert told.stdout.strip().endswith("False"), told.stderr
 
 
 @pytest.mark.slow
@@ -175,8 +208,8 @@ def test_a_nodes_process_has_the_environment_and_ends_with_its_parent(tmp_path: 
     (package / "__init__.py").write_text("")
     (package / "launch_server.py").write_text(
         "import os, sys, time\n"
-        "names = ['SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK', 'SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK', 'CUDA_VISIBLE_DEVICES']\n"
-        f"open({str(tmp_path / 'seen.part')!r}, 'w').write(' '.join(os.environ[name] for name in names))\n"
+        f"names = [{ENABLE!r}, {DISABLE!r}, 'CUDA_VISIBLE_DEVICES']\n"
+        f"open({str(tmp_path / 'seen.part')!r}, 'w').write(' '.join(os.environ.get(name, '-') for name in names))\n"
         f"os.rename({str(tmp_path / 'seen.part')!r}, {str(tmp_path / 'seen')!r})\n"
         "time.sleep(120)\n"
     )
@@ -194,7 +227,7 @@ def test_a_nodes_process_has_the_environment_and_ends_with_its_parent(tmp_path: 
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     told = subprocess.run([sys.executable, "-c", parent], env=env, capture_output=True, text=True, timeout=120)
     assert told.returncode == 1, told.stderr
-    assert (tmp_path / "seen").read_text() == "0 1 0,1"
+    assert (tmp_path / "seen").read_text() == "0 - 0,1"
     pid = int(told.stdout.split()[-1])
     for _ in range(200):
         if not _runs(pid):
