@@ -119,8 +119,8 @@ def _reads_enable() -> bool:
 
 @contextmanager
 def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Set them (`None`: unset) for this process and whatever it starts meanwhile; afterwards all is as before: a trainer may live
-    in this process too, and its GPU is its own."""
+    """Set them (`None`: unset) for this process and whatever it starts meanwhile; afterwards all is as before: a trainer may
+    live in this process too, and its GPU is its own."""
     before = {name: os.environ.get(name) for name in variables}
     _set(variables)
     try:
