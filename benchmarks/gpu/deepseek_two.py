@@ -19,7 +19,7 @@ from benchmarks.gpu.deepseek_model import SHAPES, log_probs, per_expert, shift, 
 from benchmarks.gpu.engine_support import summary
 from benchmarks.gpu.weights import furthest, prompt
 
-GROUP = "agentloop_weights"
+GROUP, THREAD = "agentloop_weights", "benchmark-nccl"
 BUCKET_BYTES = 512 << 20
 UPDATES, SCORED = 3, 8
 WAIT_S = 90.0
@@ -42,16 +42,25 @@ async def aside(call: Callable[[], Any]) -> Any:
             result, error = None, raised
         loop.call_soon_threadsafe(finish, result, error)
 
-    threading.Thread(target=body, daemon=True).start()
+    threading.Thread(target=body, name=THREAD, daemon=True).start()
     return await asyncio.wait_for(done, WAIT_S)
 
 
 async def both(name: str, answer: Any, own: Any) -> Any:
     """SGLang's side of a collective call and ours, at once; ours is the result. `EngineError` names the call that refused."""
-    (success, message), result = await asyncio.gather(asyncio.wait_for(answer, WAIT_S), own)
-    if not success:
-        raise EngineError(f"{name}: {message}")
+
+    async def accepted() -> None:
+        success, message = await asyncio.wait_for(answer, WAIT_S)
+        if not success:
+            raise EngineError(f"{name}: {message}")
+
+    _, result = await asyncio.gather(accepted(), own)
     return result
+
+
+def stuck() -> bool:
+    """Whether a call to NCCL is left that nobody answers, with which a program does not end."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 class Nccl:
@@ -121,8 +130,8 @@ def between(count: int = 1 << 30) -> float:
     """Bytes a second that are copied from the first GPU to the second; the best of five."""
     import torch
 
-    source, target = torch.zeros(count, dtype=torch.bfloat16, device="cuda:0"), None
     best = 0.0
+    source = torch.zeros(count, dtype=torch.bfloat16, device="cuda:0")
     target = torch.empty(count, dtype=torch.bfloat16, device="cuda:1")
     for _ in range(5):
         torch.cuda.synchronize(0)
