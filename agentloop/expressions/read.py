@@ -219,7 +219,7 @@ class _Reader:
         words = [word for word in words if word]
         if not words:
             return node
-        text = " ".join(words).strip(" .,:;()").casefold()
+        text = " ".join(word.rstrip(".") or word for word in words).strip(" .,:;()").casefold()  # sq. ft.
         if text in PERCENT:
             return Node("percent", (node,))
         scale, _, rest = text.partition(" ")
@@ -329,6 +329,9 @@ class _Reader:
                 node = Node("div", (node, self._factor()))
             elif self._starts_factor(node):
                 right = self._power()
+                if (arc := _arc(right)) is not None and node.op == "degree":  # 15°30'
+                    node = Node("degree", (Node("add", (node.args[0], arc)),))
+                    continue
                 mark = right.op if right.op in ("percent", "degree") else ""
                 part = right.args[0] if mark else right
                 if _whole(node) and part.op == "div" and part.text == "mixed":
@@ -535,6 +538,7 @@ class _Reader:
 
     def _symbol(self, name: str) -> Node:
         """A symbol with its subscript, written one way."""
+        name = "\\" + name[4:] if name.startswith("\\var") and name[4:] in GREEK else name
         if self._take("_"):
             name += "_" + self._raw()
         while self._take("'") or (self._is("^") and self._primed()):
@@ -642,6 +646,8 @@ class _Reader:
             if name == "therefore":
                 return self._atom()
             return Node("sym", (), "\\ldots" if "dots" in name else "\\" + name)
+        if name == "pounds":
+            return Node("unit", (self._deeper(self._power),), "£")
         if name in ("pmod", "bmod", "mod"):
             return Node("opaque", (self._argument(),), "mod")
         if name == "tag":
@@ -701,6 +707,11 @@ class _Reader:
                 base = self._argument() if name == "log" else Node("sym", (), self._raw())
             else:
                 break
+        if name == "cis":
+            angle = self._function_arguments()
+            turned = Node("mul", (Node("const", (), "i"), Node("call", angle, "sin")))
+            node = Node("add", (Node("call", angle, "cos"), turned))
+            return node if exponent is None else Node("pow", (node, exponent))
         node = Node("call", self._function_arguments(), name)
         if name == "log" and base is not None:
             node = Node("call", (*node.args, base), "log")
@@ -718,9 +729,9 @@ class _Reader:
             inside = self._deeper(self._list)
             self._expect(")")
             return inside.args if inside.op == "list" else (inside,)
-        if self._take("{"):
+        if opened := self._take("{", "\\{"):
             inside = self._deeper(self._list)
-            self._expect("}")
+            self._expect(opened.replace("{", "}"))
             return inside.args if inside.op == "list" else (inside,)
         sign = self._take("-")
         node = self._deeper(self._power)
@@ -826,6 +837,14 @@ def _is_word(token: Token, left: Node) -> bool:
     if token.spaced and left.op == "num" and len(text) == 3 and set(text) & set("aeiou"):  # 5 men
         return True
     return (text in UNITS or text in PERCENT) if len(text) <= 3 and (text.islower() or text.isupper()) else True
+
+
+def _arc(node: Node) -> Node | None:
+    """`30'` or `30''`, behind degrees, as a part of a degree."""
+    marks = 0
+    while node.op == "opaque" and node.text == "prime":
+        node, marks = node.args[0], marks + 1
+    return Node("div", (node, number(60**marks))) if marks in (1, 2) and node.op == "num" else None
 
 
 def _powers(text: str) -> str:

@@ -10,7 +10,7 @@ def _words(text: str) -> frozenset[str]:
 FUNCTIONS = _words(
     "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh "
     "asin acos atan asinh acosh atanh log ln lg exp sqrt cbrt abs max min gcd lcm floor ceil ceiling binomial factorial det "
-    "sgn sign re im arg gamma erf mod tg ctg cotg arctg arcctg"
+    "sgn sign re im arg gamma erf mod tg ctg cotg arctg arcctg cis"
 )
 """Names that are functions in plain text and in LaTeX."""
 ALIASES = {
@@ -170,5 +170,7 @@ _COUNTED = (
     "eighteen nineteen twenty"
 )
 NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+TENS = {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 """Words of parts, in the singular."""

@@ -17,19 +17,29 @@ from fractions import Fraction
 import mpmath  # type: ignore[import-untyped, unused-ignore]
 
 from agentloop.expressions.tree import Node, names, number, written
-from agentloop.expressions.value import Huge, NoNumber, Number, Undefined, is_real, points, proportional, same_function, value
+from agentloop.expressions.value import Huge, NoNumber, Undefined, is_real, points, proportional, same_function, value
 from agentloop.expressions.words import UNITS
 from agentloop.rewards.math.answers import Answer, read_answer
 from agentloop.rewards.math.intervals import NoSet, intervals
+from agentloop.rewards.math.matrices import of_matrices
+from agentloop.rewards.math.named import (
+    differ_in_place,
+    expanded,
+    is_variable,
+    named,
+    of_one_argument,
+    relates,
+    renamed,
+    replaced,
+    unchained,
+    with_any_period,
+)
 from agentloop.rewards.math.rational import proportional_above
-from agentloop.rewards.math.units import POWERS, in_units_of, letters, unit
+from agentloop.rewards.math.units import POWERS, annotation, in_units_of, letters, unit
 
 MAX_ITEMS = 60
 """Items of a list or set that are matched in any order."""
-MAX_MATRICES = 6
-"""Of one expression that are added or multiplied; the entries of a product grow exponentially with their number."""
-MAX_DETERMINANT = 4
-_RUNNING = "running number"
+_PI, _INFINITY = Node("const", (), "pi"), Node("const", (), "inf")
 _ORDER = {"<": 1, "<=": 1, ">": -1, ">=": -1}
 
 
@@ -70,21 +80,29 @@ def same(gold: Node, answer: Node) -> bool:
 
 
 def _same(gold: Node, answer: Node) -> bool:
-    gold, answer = _with_any_period(_renamed(gold), _renamed(answer))
+    gold, answer = with_any_period(renamed(gold), renamed(answer))
     whole = gold, answer
     if all(side.op == "rel" and side.text == "=" and len(side.args) == 2 for side in whole) and (
         sorted(map(written, gold.args)) == sorted(map(written, answer.args))  # AB = CD
     ):
         return True
-    gold_name, gold = _named(gold)
-    name, answer = _named(answer)
+    gold, answer = of_one_argument(gold, answer)
+    whole = gold, answer
+    gold_name, gold = named(gold)
+    name, answer = named(answer)
+    if (
+        gold_name != name
+        and all(side.op == "rel" and side.text == "=" for side in whole)
+        and (any(relates(side) for side in whole) or differ_in_place(*whole))
+    ):
+        return _same_equation(*whole)
     if bool(gold_name) != bool(name) and "rel" in (gold.op, answer.op) and all(side.text == "=" for side in whole):
         return _same_equation(*whole)
-    if gold_name and name and gold_name != name and _is_variable(gold_name) and _is_variable(name) and not names(gold):
+    if gold_name and name and gold_name != name and is_variable(gold_name) and is_variable(name) and not names(gold):
         return False
     if {"list", "tuple"} & {gold.op, answer.op}:
-        gold, answer = _unchained(whole[0], gold), _unchained(whole[1], answer)
-    gold, answer = of_matrices(_expanded(gold)), of_matrices(_expanded(answer))
+        gold, answer = unchained(whole[0], gold), unchained(whole[1], answer)
+    gold, answer = of_matrices(expanded(gold)), of_matrices(expanded(answer))
     kinds = {gold.op, answer.op}
     if kinds & {"rel", "union", "inter", "diff", "space"} or any(_is_set_of_numbers(side) for side in (gold, answer)):
         return _same_relation(gold, answer)
@@ -104,166 +122,14 @@ def _is_set_of_numbers(node: Node) -> bool:
     return node.text == "builder"
 
 
-# -- names: «x = 5» ---------------------------------------------------------------------------------------------------------
-
-
-def _named(node: Node) -> tuple[str, Node]:
-    """What a chain of equations names, and what it says that is; `("", node)` for anything else.
-
-    `x = 2 + 3 = 5` is 5 with the name `x`: the last side is what is said. Approximations behind an exact value are dropped.
-    """
-    if node.op == "mul" and len(node.args) == 2 and node.args[1].op == "tuple" and _is_capital(node.args[0]):  # P(1, 2)
-        return written(node.args[0]), node.args[1]
-    if node.op != "rel":
-        return "", node
-    operators = node.text.split()
-    if operators == ["equiv"] and _is_name(node.args[0]):  # x ≡ 2 (mod 7)
-        return written(node.args[0]), node.args[1]
-    sides = list(node.args)
-    if "approx" in operators:
-        first = operators.index("approx")
-        if first == 0 and _is_name(sides[0]):
-            operators[0] = "="
-            if "approx" in operators:
-                first = operators.index("approx")
-                operators, sides = operators[:first], sides[: first + 1]
-        elif first == 0 and not _near(*sides[:2]):
-            return "", Node("nothing")
-        else:
-            operators, sides = operators[:first], sides[: first + 1]
-    if len(sides) == 1:
-        return "", sides[0]
-    if any(operator != "=" for operator in operators):
-        if operators == ["in"] and _is_name(sides[0]) and sides[1].op in ("tuple", "set", "union", "inter", "diff", "space"):
-            return "", sides[1]
-        return "", Node("rel", tuple(sides), " ".join(operators))
-    name = ""
-    if _is_name(sides[0]) and not (len(sides) == 2 and _is_name(sides[1]) and sides[0].op == "sym" and sides[1].op == "sym"):
-        name = written(sides[0])
-        sides = sides[1:]
-    elif len(sides) == 2 and _is_name(sides[1]) and not names(sides[0]):  # 5 = x
-        return written(sides[1]), sides[0]
-    if len(sides) != 2 or name or not (names(sides[0]) or names(sides[1])):
-        return name, sides[-1]
-    return "", Node("rel", tuple(sides), " ".join(operators))
-
-
-def _unchained(whole: Node, said: Node) -> Node:
-    """`x = y = 1` beside several values: `x = 1, y = 1`."""
-    if whole.op != "rel" or len(whole.args) < 3 or {*whole.text.split()} != {"="}:
-        return said
-    *unknowns, last = whole.args
-    if names(last) or any(side.op != "sym" for side in unknowns):
-        return said
-    return Node("list", tuple(Node("rel", (side, last), "=") for side in unknowns))
-
-
-def _near(exact: Node, rounded: Node) -> bool:
-    """`√2 ≈ 1.41` is a rounding, `5 ≈ 6` is two answers."""
-    if names(exact) or names(rounded):
-        return True
-    try:
-        one, two = value(_annotation(exact)[1]), value(_annotation(rounded)[1])
-    except (NoNumber, Undefined, Huge):
-        return True
-    with mpmath.workdps(30):
-        return bool(abs(_float(one) - _float(two)) <= abs(_float(one)) / 20)
-
-
-def _float(found: Number) -> Number:
-    return mpmath.mpf(found.numerator) / found.denominator if isinstance(found, Fraction) else found
-
-
-def _is_name(node: Node) -> bool:
-    """A symbol, a function of symbols, a pair of names, a ratio or fraction of segments, |AB|."""
-    if node.op == "sym":
-        return True
-    if node.op == "mul":
-        if len(node.args) == 2 and _letter(node.args[0]) in "fghFGHPQTWpq" and node.args[1].op in ("sym", "num"):
-            return True  # f(x)
-        return all(arg.op == "sym" and arg.text[:1].isupper() for arg in node.args)  # AB
-    if node.op == "call":
-        return (node.text in ("abs", "det") and _is_name(node.args[0])) or node.text in ("max", "min")
-    if node.op in ("div", "ratio", "tuple"):
-        if node.op == "div" and all(arg.op == "mul" and arg.args[0] == Node("sym", (), "d") for arg in node.args):
-            return True  # dy/dx
-        return all(_is_name(arg) and (node.op != "div" or _letter(arg).isupper() or "_" in arg.text) for arg in node.args)
-    return node.op == "opaque" and node.text in ("overline", "accent", "prime")
-
-
-def _is_capital(node: Node) -> bool:
-    return node.op == "sym" and len(node.text) == 1 and node.text.isupper()
-
-
-def _letter(node: Node) -> str:
-    while node.args:
-        node = node.args[0]
-    return node.text[:1] or "?"
-
-
-def _is_variable(name: str) -> bool:
-    """`sym:x()`: one letter, as `written` has it."""
-    return name.startswith("sym:") and len(name) == len("sym:x()") and name[4].islower()
-
-
-def _renamed(node: Node) -> Node:
-    """`kπ, k ∈ ℤ`: the running number has one name, whatever it is called."""
-    if node.op != "list":
-        return node
-    running = [item for item in node.args if item.op == "rel" and item.text == "in" and item.args[1].op == "space"]
-    if len(running) != 1 or running[0].args[0].op != "sym":
-        return node
-    name = running[0].args[0].text
-    return _with(node, name, _RUNNING)
-
-
-def _with_any_period(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """Where only one side says `k ∈ ℤ`, the other's one name of that kind is the running number."""
-    for said, other in ((gold, answer), (answer, gold)):
-        if said.op == "list" and len(said.args) == 2 and _RUNNING in names(said) and other.op != "list":
-            says = next((arg for arg in said.args if not (arg.op == "rel" and arg.text == "in")), said)
-            running = names(_named(other)[1]) & {"k", "n", "m", "l", "K", "N"}
-            if len(running) == 1 and _RUNNING not in names(other):
-                other = _with(other, running.pop(), _RUNNING)
-                return (says, other) if said is gold else (other, says)
-    return gold, answer
-
-
-def _with(node: Node, name: str, new: str) -> Node:
-    if node.op == "sym" and node.text == name:
-        return Node("sym", (), new)
-    return Node(node.op, tuple(_with(arg, name, new) for arg in node.args), node.text, node.value)
-
-
-def _expanded(node: Node) -> Node:
-    """`±` as the list of its two values."""
-    signs = [part for part in node.walk() if part.op in ("pm", "plusminus")]
-    if not signs or node.op in ("list", "set") or len(signs) > 3:
-        if node.op in ("list", "set") and signs:
-            items: list[Node] = []
-            for arg in node.args:
-                found = _expanded(_named(arg)[1])
-                items += found.args if found.op == "list" else (found,)
-            return Node(node.op, tuple(items), node.text)
-        return node
-    return Node("list", (_signed(node, 1), _signed(node, -1)))
-
-
-def _signed(node: Node, sign: int) -> Node:
-    args = tuple(_signed(arg, sign) for arg in node.args)
-    if node.op == "pm":
-        return args[0] if sign > 0 else Node("neg", args)
-    if node.op == "plusminus":
-        return Node("add", (args[0], args[1] if sign > 0 else Node("neg", (args[1],))))
-    return Node(node.op, args, node.text, node.value)
-
-
 # -- quantities -------------------------------------------------------------------------------------------------------------
 
 
 def _same_quantity(gold: Node, answer: Node) -> bool:
-    gold_mark, gold = _annotation(gold)
-    mark, answer = _annotation(answer)
+    gold_mark, gold = annotation(gold)
+    mark, answer = annotation(answer)
+    if (angles := _in_radians(gold_mark, gold, mark, answer)) is not None and _same_number(*angles):
+        return True
     if gold.op in ("list", "set", "tuple", "matrix", "rel", "union", "base", "ratio") or answer.op in ("list", "rel", "set"):
         return (not gold_mark or not mark or _same_unit(gold_mark, mark) == 1) and _same(gold, answer)
     if gold_mark == mark or not gold_mark or not mark:
@@ -286,6 +152,20 @@ def _same_quantity(gold: Node, answer: Node) -> bool:
     return _same_number(gold, answer)
 
 
+def _in_radians(gold_mark: str, gold: Node, mark: str, answer: Node) -> tuple[Node, Node] | None:
+    """Degrees on one side and radians on the other, which are named or a part of π."""
+    sides = ((gold_mark, gold), (mark, answer))
+    for (one_mark, one), (other_mark, other) in (sides, sides[::-1]):
+        radians = UNITS.get(other_mark, ("",))[0] == "radian" or (not other_mark and _is_angle(other))
+        if one_mark == "degree" and radians and not _is_angle(one):
+            return Node("div", (Node("mul", (one, _PI)), number(180))), other
+    return None
+
+
+def _is_angle(node: Node) -> bool:
+    return any(part == _PI or (part.op == "call" and part.text.startswith("arc")) for part in node.walk())
+
+
 def _letter_unit(gold: Node, gold_mark: str, answer: Node, mark: str) -> bool:
     """`5 m` without `\\text`: the unit was read as a symbol."""
     found = None if mark else letters(answer)
@@ -301,23 +181,6 @@ def _compound(quantity: Node, bare: Node) -> bool:
     return found is not None and not names(found[0]) and same(found[0], bare)
 
 
-def _annotation(node: Node) -> tuple[str, Node]:
-    """A unit, `%` or `degree`, and what it stands at; a sign before it belongs to the number."""
-    if node.op == "neg":
-        mark, inner = _annotation(node.args[0])
-        return mark, Node("neg", (inner,))
-    if node.op == "unit":
-        inner_mark, inner = _annotation(node.args[0])
-        if node.text.casefold() in ("c", "f") and inner_mark == "degree":
-            return f"degree {node.text.casefold()}", inner
-        return node.text, inner
-    if node.op == "percent":
-        return "%", node.args[0]
-    if node.op == "degree":
-        return "degree", node.args[0]
-    return "", node
-
-
 def _same_unit(gold: str, answer: str) -> Fraction | None:
     """By what a quantity in `answer` is multiplied to be one in `gold`; `None` if they measure different things."""
     one, two = unit(gold), unit(answer)
@@ -330,7 +193,7 @@ def _same_unit(gold: str, answer: str) -> Fraction | None:
 
 def _same_number(gold: Node, answer: Node) -> bool:
     if gold.op == answer.op == "add" and _ends_in("C", "c", gold, answer):
-        gold, answer = _with(gold, "c", "C"), _with(answer, "c", "C")
+        gold, answer = replaced(gold, "c", "C"), replaced(answer, "c", "C")
     try:
         if same_function(gold, answer):
             return True
@@ -398,8 +261,8 @@ def _same_collection(gold: Node, answer: Node) -> bool:
     if gold.op not in ("list", "set", "tuple", "matrix") and answer.op not in ("list", "set", "tuple", "matrix"):
         return _same(gold, answer)
     if "unit" in (gold.op, answer.op) or "degree" in (gold.op, answer.op) or "percent" in (gold.op, answer.op):
-        gold_mark, one = _annotation(gold)
-        mark, two = _annotation(answer)
+        gold_mark, one = annotation(gold)
+        mark, two = annotation(answer)
         return (not gold_mark or not mark or _same_unit(gold_mark, mark) == 1) and _same(one, two)
     kinds = {gold.op, answer.op}
     if "matrix" in kinds:
@@ -410,18 +273,24 @@ def _same_collection(gold: Node, answer: Node) -> bool:
     if len(gold.args) != len(answer.args):
         return False
     if gold.op == answer.op == "tuple":
+        if gold.text != answer.text and len(gold.args) == 2 and _INFINITY in (*gold.walk(), *answer.walk()):
+            return _same_relation(gold, answer)  # no matter whether infinity is said to belong
         brackets = gold.text == answer.text or (len(gold.args) > 2 and {gold.text, answer.text} <= {"()", "[]"})
         return brackets and _in_order(gold.args, answer.args)
     if kinds == {"set", "tuple"}:
         return len(gold.args) == 0
     if kinds == {"list", "tuple"}:
         written_as = (gold if gold.op == "tuple" else answer).text
+        if written_as == "[]" and len(gold.args) == 2:  # an interval
+            return False
         return written_as in ("()", "[]") and _in_order(gold.args, answer.args)
     return _in_any_order(gold, answer)
 
 
 def _single(node: Node) -> Node:
-    """`{4}` and `[4]` are 4."""
+    """`{4}` and `[4]` are 4; `{∅}` is not ∅."""
+    if node.op == "set" and len(node.args) == 1 and node.args[0].op == "set":
+        return node
     return _single(node.args[0]) if node.op in ("set", "tuple", "list") and len(node.args) == 1 else node
 
 
@@ -440,7 +309,7 @@ def _in_order(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
 def _in_any_order(gold: Node, answer: Node) -> bool:
     if len(gold.args) > MAX_ITEMS:
         return _in_order(gold.args, answer.args)
-    gold_names, names_ = [_named(arg)[0] for arg in gold.args], [_named(arg)[0] for arg in answer.args]
+    gold_names, names_ = [named(arg)[0] for arg in gold.args], [named(arg)[0] for arg in answer.args]
     distinct = len(set(gold_names)) > 1, len(set(names_)) > 1
     if all(gold_names) and all(names_) and all(distinct):
         if set(gold_names) != set(names_) or len(set(names_)) != len(names_):
@@ -462,7 +331,7 @@ def _match(gold: tuple[Node, ...], answer: tuple[Node, ...]) -> bool:
     left = list(answer)
     for one in gold:
         for place, two in enumerate(left):
-            if same(one, two):
+            if (one.op == "set") == (two.op == "set") and same(one, two):
                 del left[place]
                 break
         else:
@@ -486,64 +355,6 @@ def _same_matrix(gold: Node, answer: Node) -> bool:
         rows = zip(matrix.args, other.args, strict=True)
         return all(two.op == "tuple" and _in_order(one.args, two.args) for one, two in rows)
     return other.op in ("tuple", "list") and other.text in ("()", "[]", "") and _in_order(entries, other.args)
-
-
-def of_matrices(node: Node) -> Node:
-    """Sums, products and multiples of matrices as one matrix; determinants of small ones."""
-    if node.op == "call" and node.text == "det" and node.args[0].op == "matrix":
-        rows = [row.args for row in node.args[0].args]
-        return _determinant(rows) if len(rows) == len(rows[0]) <= MAX_DETERMINANT else node
-    if node.op not in ("add", "mul", "neg", "div") or not 0 < sum(part.op == "matrix" for part in node.walk()) <= MAX_MATRICES:
-        return node
-    args = [of_matrices(arg) for arg in node.args]
-    if node.op == "neg" and args[0].op == "matrix":
-        return _scaled(number(-1), args[0])
-    if node.op == "div" and args[0].op == "matrix" and args[1].op != "matrix":
-        return _scaled(Node("div", (number(1), args[1])), args[0])
-    if node.op in ("add", "mul") and any(arg.op == "matrix" for arg in args):
-        result: Node | None = args[0]
-        for arg in args[1:]:
-            result = (_sum if node.op == "add" else _product)(result, arg) if result is not None else None
-        if result is not None:
-            return result
-    return node
-
-
-def _determinant(rows: list[tuple[Node, ...]]) -> Node:
-    if len(rows) == 1:
-        return rows[0][0]
-    terms = []
-    for column, entry in enumerate(rows[0]):
-        minor = Node("mul", (entry, _determinant([row[:column] + row[column + 1 :] for row in rows[1:]])))
-        terms.append(Node("neg", (minor,)) if column % 2 else minor)
-    return Node("add", tuple(terms))
-
-
-def _scaled(factor: Node, matrix: Node) -> Node:
-    return Node("matrix", tuple(Node("row", tuple(Node("mul", (factor, entry)) for entry in row.args)) for row in matrix.args))
-
-
-def _sum(one: Node, two: Node) -> Node | None:
-    if one.op != "matrix" or two.op != "matrix" or [len(r.args) for r in one.args] != [len(r.args) for r in two.args]:
-        return None
-    rows = zip(one.args, two.args, strict=True)
-    return Node("matrix", tuple(Node("row", tuple(Node("add", e) for e in zip(a.args, b.args, strict=True))) for a, b in rows))
-
-
-def _product(one: Node, two: Node) -> Node | None:
-    if one.op != "matrix" and two.op != "matrix":
-        return Node("mul", (one, two))
-    if one.op != "matrix" or two.op != "matrix":
-        return _scaled(one, two) if two.op == "matrix" else _scaled(two, one)
-    if len(one.args[0].args) != len(two.args) or len(one.args) * len(two.args) * len(two.args[0].args) > 1000:
-        return None
-    columns = list(zip(*(row.args for row in two.args), strict=True))
-
-    def entry(row: tuple[Node, ...], column: tuple[Node, ...]) -> Node:
-        terms = tuple(Node("mul", pair) for pair in zip(row, column, strict=True))
-        return terms[0] if len(terms) == 1 else Node("add", terms)
-
-    return Node("matrix", tuple(Node("row", tuple(entry(row.args, column) for column in columns)) for row in one.args))
 
 
 # -- equations, inequalities, sets of real numbers --------------------------------------------------------------------------

@@ -91,6 +91,10 @@ def _intervals(node: Node) -> Intervals:
     if node.op == "set" or (node.op == "list" and node.text != ";"):
         if all(arg.op == "rel" and arg.text != "=" for arg in node.args) and node.args and node.op == "list":
             return _together(node)
+        if node.op == "list" and node.args[0].op == "rel" and node.args[0].text == "!=" and len(node.args[0].args) == 2:
+            unknown, ends = node.args[0].args[0], node.args[1:]  # x ≠ 1, 2
+            if all(end.op != "rel" for end in ends):
+                return _together(Node("list", (node.args[0], *(Node("rel", (unknown, end), "!=") for end in ends))))
         if any(arg.op == "tuple" for arg in node.args) and node.op == "list" and len(node.args) > 1:
             return Intervals([piece for arg in node.args for piece in _intervals(arg).pieces])  # (1, 2) or (3, 4)
         found = [_real(arg) for arg in node.args]

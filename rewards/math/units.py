@@ -47,11 +47,18 @@ def unit(text: str) -> Unit:
             sign = prefix = 1
         else:
             return _words(text)
-    return _named(dimensions) if dimensions else "", factor
+    return _based(dimensions, factor) if dimensions else ("", factor)
 
 
 def _words(text: str) -> Unit:
     return " ".join(word.removesuffix("s") for word in text.split()), Fraction(1)
+
+
+def _based(dimensions: Counter[str], factor: Fraction) -> Unit:
+    """With litres as cubes of a length."""
+    litres = dimensions.pop("volume", 0)
+    dimensions["length"] += 3 * litres
+    return _named(dimensions), factor * Fraction(1, 1000) ** litres
 
 
 def _named(dimensions: Counter[str]) -> str:
@@ -69,7 +76,7 @@ def letters(node: Node) -> tuple[Node, Unit] | None:
             return None
         held = Counter(dict(_parsed(above[1][0])))
         held.subtract(below[0])
-        return above[0], (_named(held), above[1][1] / below[1])
+        return above[0], _based(held, above[1][1] / below[1])
     if node.op != "mul":
         return None
     rest, dimensions, factor = list(node.args), Counter[str](), Fraction(1)
@@ -79,7 +86,7 @@ def letters(node: Node) -> tuple[Node, Unit] | None:
         rest.pop()
     if not dimensions:
         return None
-    return (rest[0] if len(rest) == 1 else Node("mul", tuple(rest))), (_named(dimensions), factor)
+    return (rest[0] if len(rest) == 1 else Node("mul", tuple(rest))), _based(dimensions, factor)
 
 
 def _parsed(named: str) -> list[tuple[str, int]]:
@@ -115,3 +122,20 @@ def in_units_of(quantity: Node, own: Unit, other: Unit) -> Node | None:
         return None
     factor = own[1] / other[1]
     return quantity if factor == 1 else Node("mul", (quantity, number(factor)))
+
+
+def annotation(node: Node) -> tuple[str, Node]:
+    """A unit, `%` or `degree`, and what it stands at; a sign before it belongs to the number."""
+    if node.op == "neg":
+        mark, inner = annotation(node.args[0])
+        return mark, Node("neg", (inner,))
+    if node.op == "unit":
+        inner_mark, inner = annotation(node.args[0])
+        if node.text.casefold() in ("c", "f") and inner_mark == "degree":
+            return f"degree {node.text.casefold()}", inner
+        return node.text, inner
+    if node.op == "percent":
+        return "%", node.args[0]
+    if node.op == "degree":
+        return "degree", node.args[0]
+    return "", node
