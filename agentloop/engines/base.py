@@ -127,6 +127,12 @@ class Engine(ABC):
         tell, and says why."""
         raise EngineError(f"{type(self).__name__} cannot tell checksums of its weights")
 
+    async def weight_fingerprints(self) -> dict[str, str]:
+        """Of each tensor as the engine itself keeps and names it (fused, cut, converted) a text that changes when its values
+        do. Only to be compared with earlier answers of the same engine: for those that cannot tell `weight_checksums`. Raises
+        `EngineError` where it cannot tell."""
+        raise EngineError(f"{type(self).__name__} cannot tell fingerprints of its weights")
+
     async def abort_all(self) -> None:
         """End every running and waiting request with `StopReason.ABORTED` and the tokens so far."""
         return

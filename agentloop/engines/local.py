@@ -215,6 +215,16 @@ class LocalEngine(Engine):
             wanted = [name for name in names if name in tensors]
         return await self._ask(lambda: {name: checksum(tensors[name]) for name in wanted})
 
+    async def weight_fingerprints(self) -> dict[str, str]:
+        """Checksums of the model's tensors as transformers has them, experts fused and tied tensors once."""
+        from agentloop.weights.checksum import checksum
+
+        self._check_open(asleep=True)
+        saved = self._model.state_dict().keys()
+        tensors = dict(self._model.named_parameters())
+        tensors |= {name: tensor for name, tensor in self._model.named_buffers() if name in saved}
+        return await self._ask(lambda: {name: f"{checksum(tensor):08x}" for name, tensor in tensors.items()})
+
     async def abort_all(self) -> None:
         if self._thread is not None and not self._closed:
             await self._ask(self._batch.abort_all)
