@@ -39,7 +39,7 @@ from agentloop.rewards.math.units import POWERS, annotation, in_units_of, letter
 
 MAX_ITEMS = 60
 """Items of a list or set that are matched in any order."""
-_PI, _INFINITY = Node("const", (), "pi"), Node("const", (), "inf")
+_INFINITY = Node("const", (), "inf")
 _ORDER = {"<": 1, "<=": 1, ">": -1, ">=": -1}
 
 
@@ -153,17 +153,12 @@ def _same_quantity(gold: Node, answer: Node) -> bool:
 
 
 def _in_radians(gold_mark: str, gold: Node, mark: str, answer: Node) -> tuple[Node, Node] | None:
-    """Degrees on one side and radians on the other, which are named or a part of π."""
+    """Degrees on one side and radians on the other, where both are named: `π/2` alone is not said to be an angle."""
     sides = ((gold_mark, gold), (mark, answer))
     for (one_mark, one), (other_mark, other) in (sides, sides[::-1]):
-        radians = UNITS.get(other_mark, ("",))[0] == "radian" or (not other_mark and _is_angle(other))
-        if one_mark == "degree" and radians and not _is_angle(one):
-            return Node("div", (Node("mul", (one, _PI)), number(180))), other
+        if one_mark == "degree" and UNITS.get(other_mark, ("",))[0] == "radian":
+            return Node("div", (Node("mul", (one, Node("const", (), "pi"))), number(180))), other
     return None
-
-
-def _is_angle(node: Node) -> bool:
-    return any(part == _PI or (part.op == "call" and part.text.startswith("arc")) for part in node.walk())
 
 
 def _letter_unit(gold: Node, gold_mark: str, answer: Node, mark: str) -> bool:
