@@ -337,6 +337,22 @@ class SGLangEngine(Engine):
         if not success:
             raise EngineError(f"SGLang did not take the weights: {message}")
 
+    async def weight_checksums(self, names: Sequence[str] | None = None) -> dict[str, int]:
+        raise EngineError(protocol.NO_CHECKSUMS)
+
+    async def weight_fingerprints(self) -> dict[str, str]:
+        """By SGLang's own weight checker, of the weights as it keeps them (`qkv_proj`, `experts.w13_weight`, …); of the first
+        rank of tensor parallelism only, since the others' answers stay with their schedulers. Written against SGLang 0.5.12's
+        source; not run on it."""
+        self._check_usable()
+        self._attach()
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput  # type: ignore[import-not-found, unused-ignore]
+
+        success, message, ranks = await self._control(self._manager.check_weights(CheckWeightsReqInput(action="checksum")))
+        if not success:
+            raise EngineError(f"SGLang's weight checker failed: {message}")
+        return protocol.fingerprints(ranks or ())
+
     # -- memory -------------------------------------------------------------------------------------------------------
 
     async def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:

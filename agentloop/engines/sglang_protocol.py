@@ -24,7 +24,7 @@ from __future__ import annotations
 import base64
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -247,3 +247,25 @@ def _values(entries: Sequence[Sequence[Any]], ids: Sequence[int]) -> list[float]
             raise EngineError("the model's logits are not finite" if value is not None else "SGLang left out a log-probability")
         values.append(float(value))
     return values
+
+
+NO_CHECKSUMS = (
+    "SGLang 0.5.12 tells no checksums of weights under their published names: its own are of fused and cut tensors, of the first "
+    "rank of tensor parallelism"
+)
+"""`get_weights_by_name` knows the models of llama, granite, opt and exaone4 only, and gives their first rows
+(`models/llama.py`, «only used for unit test»)."""
+
+
+def fingerprints(ranks: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Of SGLang's weight checker (`srt/utils/weight_checker.py`, action «checksum»): its parameters and buffers under its own
+    names, quantised ones by what they stand for. `ranks`: the payloads, one for each data-parallel copy, of its first rank of
+    tensor parallelism; where copies differ, the different ones side by side. Raises `EngineError` for an answer that holds
+    none."""
+    found: dict[str, set[str]] = {}
+    for payload in ranks:
+        for name, value in payload["checksums"].items():
+            found.setdefault(name, set()).add(str(value))
+    if not found:
+        raise EngineError("SGLang's weight checker told no checksums")
+    return {name: ",".join(sorted(values)) for name, values in found.items()}

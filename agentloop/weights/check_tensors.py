@@ -115,7 +115,7 @@ def changes(
     touched: list[str] = []
     for home, names in parts.items():
         new = [name for name in names if sent[name] != sent_before[name]]
-        if new and kept[home] == kept_before[home]:
+        if new and kept_before[home] in (kept[home], *kept[home].split(",")):
             stale += new
         elif not new and kept[home] != kept_before[home]:
             touched += names

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentloop.engines import sglang_protocol as protocol
 from agentloop.engines.sglang_server.config import SGLangServerConfig, UpdateMode
 from agentloop.engines.sglang_server.http import Http, ServerLost, ServerRefused
 from agentloop.engines.sglang_server.replicas import Replica, Replicas
@@ -96,6 +97,16 @@ class Control:
                 raise EngineError("; ".join(str(error) for error in refused.values()))
         finally:
             self.changing = False
+
+    async def weight_fingerprints(self) -> dict[str, str]:
+        """Of all servers that are up; where they differ, the different ones side by side."""
+
+        async def ask(worker: str) -> list[Any]:
+            answer = await self._post(worker, "/weights_checker", {"action": "checksum"})
+            return list(answer.get("ranks") or ())
+
+        answers = await self._each(ask, "telling fingerprints of weights")
+        return protocol.fingerprints(payload for ranks in answers.values() for payload in ranks)
 
     async def catch_up(self, worker: str, version: str) -> str:
         """Give a worker that reports `version` the weights of the last update, if it has older ones. Newer ones come from
