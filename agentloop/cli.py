@@ -25,7 +25,7 @@ _COMMANDS = {
     "show": ("agentloop.commands.journal", "show"),
     "view": ("agentloop.commands.view", "view"),
     "stats": ("agentloop.commands.journal", "stats"),
-    "logprobs": ("agentloop.commands.logprobs", "logprobs"),
+    "consistency": ("agentloop.commands.consistency", "report"),
     "audit": ("agentloop.commands.audit", "audit"),
     "export": ("agentloop.commands.convert", "export"),
     "import": ("agentloop.commands.convert", "import_"),

@@ -3,7 +3,7 @@
 `python -m benchmarks.gpu.quickstart sync|sglang_async|colocate_async|two_gpus|separate_async` trains (about 6 minutes, most
 of it start-up) and reports the held-out accuracy before and after, and per step how far the log-probabilities of rollout and
 trainer are apart: as verl measures it (`training/rollout_*`, of probabilities), and by turn from the run's train side
-(`logprobs_by_turn`: the trainer's step, the turn or `all`, then the figures of `agentloop logprobs`).
+(`logprobs_by_turn`: the trainer's step, the turn or `all`, then the figures of `agentloop consistency`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agentloop.consistency import consistency
 from agentloop.journal import Run
-from agentloop.journal.logprobs import run_logprobs
 from benchmarks.report import Aim, report
 
 CONFIG = "examples/quickstart/quickstart_gpu.yaml"
@@ -70,13 +70,16 @@ def figures(run_dir: Path) -> dict[str, Any]:
 
 def logprobs_by_turn(run_dir: Path) -> dict[str, Any]:
     """Trainer against rollout by the trainer's step and turn; nothing if the run has no train side."""
-    found = run_logprobs(Run(run_dir))
-    if not found["arrived"]:
+    found = consistency(Run(run_dir))
+    if not found.arrived:
         return {}
+    by_turn = {step.name: {**{turn.name: turn.figures for turn in step.turns}, "all": step.figures} for step in found.steps}
     return {
-        "logprobs_by_turn": {str(item["step"]): {**item["turns"], "all": item["all"]} for item in found["steps"]},
-        "logprobs_sampled_by": {str(item["step"]): item["sampled_by"] for item in found["steps"]},
-        "train_side_arrived": [found["arrived"], found["expected"]],
+        "logprobs_by_turn": {
+            step: {turn: figures.to_dict() for turn, figures in turns.items()} for step, turns in by_turn.items()
+        },
+        "logprobs_sampled_by": {step.name: step.sampled_by for step in found.steps},
+        "train_side_arrived": [found.arrived, found.expected],
     }
 
 

@@ -86,7 +86,7 @@ def run(example: Example[Any], config: Path, run_dir: Path, seed: int, overrides
         f"agentloop ls {run_dir}",
         f"agentloop show {run_dir} --worst",
         f"agentloop stats {run_dir}",
-        *([f"agentloop logprobs {run_dir}"] if (run_dir / TRAIN_SIDE).is_dir() else []),
+        *([f"agentloop consistency {run_dir}"] if (run_dir / TRAIN_SIDE).is_dir() else []),
         f"tensorboard --logdir {run_dir / 'tensorboard'}",
     ):
         console.print(f"  {hint}", markup=False, highlight=False, soft_wrap=True)

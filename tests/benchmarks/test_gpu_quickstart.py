@@ -20,5 +20,5 @@ def test_log_probabilities_by_step_and_turn(tmp_path: Path) -> None:
     write_update(tmp_path, [trainer_row(t) for t in told[:2]], step=3, update=0, generation=1)
     found = logprobs_by_turn(tmp_path)
     assert {step: list(turns) for step, turns in found["logprobs_by_turn"].items()} == {"3": ["0", "1", "all"]}
-    assert found["logprobs_by_turn"]["3"]["1"]["max_diff"] == pytest.approx(0.5)
+    assert found["logprobs_by_turn"]["3"]["1"]["max_abs"] == pytest.approx(0.5)
     assert found["train_side_arrived"] == [2, 3]

@@ -1,8 +1,7 @@
-"""The trainer's side of trajectories: written beside the journal, joined with it, and compared."""
+"""The trainer's side of trajectories: written beside the journal, and joined with it."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -11,13 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from agentloop.commands import logprobs as command
-from agentloop.errors import ConfigError
 from agentloop.journal import JournalError, JournalWriter, Run
-from agentloop.journal.logprobs import run_logprobs
 from agentloop.journal.train_side import FOLDER, TrainerRow, write_update
 from agentloop.trajectory import Trajectory
 from tests.journal.conversations import conversation, decode
@@ -142,73 +136,3 @@ def test_rows_of_other_tokens_are_refused(tmp_path: Path) -> None:
     write_update(tmp_path, [row], step=1, update=0, generation=1)
     with pytest.raises(JournalError, match="not of the tokens that the journal has of trajectory u0_0"):
         list(Run(tmp_path).train_side(1))
-
-
-def test_the_figures_are_those_of_all_tokens(tmp_path: Path) -> None:
-    told = record(tmp_path, seeds=range(8))
-    rng = np.random.default_rng(0)
-    rows, pairs = [], []
-    for trajectory in told:
-        row = trainer_row(trajectory)
-        row.columns["old_log_probs"] += rng.normal(scale=0.1, size=len(row.response_ids)).astype(np.float32)
-        rows.append(row)
-        for turn in trajectory.turns:
-            place = slice(turn.start - trajectory.prompt_len, turn.end - trajectory.prompt_len)
-            rollout = np.array(trajectory.rollout_log_probs or [], np.float32)[place]
-            pairs.append((turn.index, row.columns["old_log_probs"][place], rollout))
-    rows[0].columns["old_log_probs"][0] = np.nan
-    write_update(tmp_path, rows, step=1, update=0, generation=1)
-    (step,) = run_logprobs(Run(tmp_path))["steps"]
-    assert step["sampled_by"] == [6, 9]
-    for name in ("0", "1", "2", "all"):
-        trainer, rollout = (
-            np.concatenate([p[side] for p in pairs if name in (str(p[0]), "all")]).astype(float) for side in (1, 2)
-        )
-        finite = np.isfinite(trainer)
-        trainer, rollout = trainer[finite], rollout[finite]
-        figures = step["turns"].get(name, step["all"])
-        assert (figures["tokens"], figures["not_compared"]) == (len(trainer), 1 if name in ("0", "all") else 0)
-        assert figures["max_diff"] == pytest.approx(np.abs(trainer - rollout).max())
-        assert figures["mean_diff"] == pytest.approx(np.abs(trainer - rollout).mean())
-        assert figures["correlation"] == pytest.approx(np.corrcoef(trainer, rollout)[0, 1], abs=1e-12)
-
-
-def agentloop(*arguments: str) -> Any:
-    app = typer.Typer()
-    app.command("logprobs")(command.logprobs)
-    return CliRunner().invoke(app, list(arguments))
-
-
-def test_the_command_shows_steps_turns_and_what_has_not_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    first, second = record(tmp_path, step=1), record(tmp_path, step=2, turns=2)
-    write_update(tmp_path, [trainer_row(t) for t in first], step=1, update=0, generation=1)
-    write_update(tmp_path, [trainer_row(t) for t in second[:3]], step=2, update=0, generation=1, recomputed=False)
-    lines = agentloop(str(tmp_path)).output.splitlines()
-    table = [line.split() for line in lines[1:6]]
-    assert [[line[0], line[1], line[-5]] for line in table[:4]] == [["1", "4", turn] for turn in ("0", "1", "2", "all")]
-    assert [line[-3] for line in table[:4]] == ["2.50e-01", "5.00e-01", "5.00e-01", "5.00e-01"]
-    assert table[4][:2] == ["2", "3"]
-    assert "The train side of 7 of 8 trajectories has arrived." in lines
-    assert "Not arrived, by the rollout's step: 1 of step 2." in lines
-    assert any("3 trajectories are not compared" in line and "bypass_mode" in line for line in lines)
-    found = json.loads(agentloop(str(tmp_path), "--json", "--step", "1").output)
-    assert [step["step"] for step in found["steps"]] == [1]
-    assert found["steps"][0]["turns"]["1"]["mean_diff"] == pytest.approx(0.5)
-    assert (found["arrived"], found["expected"], found["missing"]) == (7, 8, {"2": 1})
-    error = agentloop(str(tmp_path), "--step", "9").exception
-    assert isinstance(error, ConfigError) and "step 9" in str(error)
-
-
-def test_runs_without_a_train_side(tmp_path: Path) -> None:
-    record(tmp_path)
-    error = agentloop(str(tmp_path)).exception
-    assert isinstance(error, ConfigError) and "agentloop.train_side=true" in str(error)
-
-
-def test_rollouts_without_log_probabilities_are_told_of(tmp_path: Path) -> None:
-    told = record(tmp_path, log_probs=False)
-    write_update(tmp_path, [trainer_row(t) for t in told], step=1, update=0, generation=1)
-    result = agentloop(str(tmp_path))
-    sampled = sum(trajectory.sampled_len for trajectory in told)
-    assert f"{sampled} tokens are not compared" in result.output and "calculate_log_probs" in result.output

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from agentloop.consistency import consistency
 from agentloop.journal import Run
-from agentloop.journal.logprobs import run_logprobs
 from agentloop.trajectory import MIXED
 from agentloop.verl.launch import make_plan
 from agentloop.verl.process import parse_metrics, run
@@ -93,9 +93,9 @@ def test_trainer_and_rollout_apart(tmp_path: Path) -> None:
         assert metrics["actor/grad_norm"] > 0
         assert metrics.keys() >= OURS
     run = Run(tmp_path / "run")
-    found = run_logprobs(run)
-    assert [(step["step"], step["trajectories"]) for step in found["steps"]] == [(step, 16) for step in (1, 2, 3)]
-    assert found["arrived"] == 48, "whatever step they were begun in"
+    found = consistency(run)
+    assert [(step.step, step.trajectories) for step in found.steps] == [(step, 16) for step in (1, 2, 3)]
+    assert found.arrived == 48, "whatever step they were begun in"
     turns = [[version for version, _ in turn.versions] for row in run.trajectories() for turn in run.load(row).turns]
     for versions in turns:
         assert MIXED not in versions and versions == sorted(v for v in versions if isinstance(v, int))

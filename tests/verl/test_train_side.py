@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from agentloop.batch import to_dataproto
+from agentloop.consistency import consistency, read_events
 from agentloop.errors import ConfigError
 from agentloop.journal import Run
-from agentloop.journal.logprobs import run_logprobs
 from agentloop.trajectory import Reward
 from agentloop.verl.settings import read_settings
 from agentloop.verl.train_side import TrainSideWriter, add_row_keys, check_trainer, install
@@ -134,6 +134,7 @@ def quickstart(folder: Path, *overrides: str) -> list[dict[str, float]]:
     shutil.copytree(QUICKSTART, folder / "model")
     content = run_file(folder)
     content["agentloop"] |= {"tools": "examples/quickstart/tools.yaml", "loop": {"max_turns": 4}, "train_side": True}
+    content["agentloop"]["consistency"] = {"max_abs": 0.0}
     content["verl"]["data"] |= {
         **{"train_files": str(train), "val_files": str(val), "max_prompt_length": 128, "max_response_length": 256},
         "train_batch_size": 8,
@@ -163,21 +164,33 @@ def test_both_sides_agree_turn_by_turn_in_a_run(tmp_path: Path, overrides: list[
     monkeypatch.chdir(Path(__file__).parents[2])
     metrics = quickstart(tmp_path, *overrides)
     run, asynchronous = Run(tmp_path / "run"), any("async" in override for override in overrides)
-    found = run_logprobs(run)
-    assert [step["step"] for step in found["steps"]] == [1, 2]
-    assert found["arrived"] == sum(step["trajectories"] for step in found["steps"]) == 64
-    assert asynchronous or found["missing"] == {}
-    for step, told in zip(found["steps"], metrics, strict=True):
-        assert {"0", "1"} <= step["turns"].keys(), "the model uses its tool"
-        assert step["all"]["tokens"] == sum(turn["tokens"] for turn in step["turns"].values()) > 0
-        assert step["all"]["not_compared"] == 0
-        stale = step["sampled_by"][0] < step["step"] - 1
-        assert stale or step["all"]["max_diff"] < 1e-3
-        assert stale or step["all"]["correlation"] > 0.99999
-        # What verl itself says of the same tokens, in probabilities.
-        assert told["training/rollout_probs_diff_max"] <= step["all"]["max_diff"] + 1e-6
-        assert "agentloop/train_side_s" in told or "trainer.use_v1=false" in overrides
-    assert asynchronous == (found["steps"][1]["sampled_by"][0] == 0)
+    found = consistency(run)
+    assert [step.step for step in found.steps] == [1, 2]
+    assert found.arrived == sum(step.trajectories for step in found.steps) == 64
+    assert asynchronous or found.missing == {}
+    events = read_events(run.path)
+    assert [(event["step"], event["action"]) for event in events] == [(1, "warn"), (2, "warn")], "beyond the lowest threshold"
+    for step, told, event in zip(found.steps, metrics, events, strict=True):
+        figures = step.figures
+        assert {"0", "1"} <= {turn.name for turn in step.turns}, "the model uses its tool"
+        assert figures.tokens == sum(turn.figures.tokens for turn in step.turns) > 0
+        assert (figures.not_recorded, figures.infinite, step.misplaced, found.findings) == (0, 0, 0, ())
+        assert step.sampled_by is not None and figures.max_abs is not None and figures.correlation is not None
+        stale = step.sampled_by[0] < step.step - 1
+        assert stale or figures.max_abs < 1e-3
+        assert stale or figures.correlation > 0.99999
+        # What verl itself says of the same tokens.
+        assert told["training/rollout_probs_diff_max"] == pytest.approx(figures.probs_max_abs, rel=1e-2, abs=1e-6)
+        assert "agentloop/train_side_s" in told
+        # What the running trainer said, of its batch in memory, is what the record says afterwards.
+        for name in ("tokens", "max_abs", "mean_abs", "k3"):
+            assert told[f"agentloop/consistency/{name}"] == pytest.approx(getattr(figures, name), rel=1e-3, abs=1e-9)
+            assert event["report"]["all"][name] == pytest.approx(getattr(figures, name))
+        assert told["agentloop/consistency/beyond"] == 1
+        assert [group["name"] for group in event["report"]["by"]["turn"]] == [turn.name for turn in step.turns]
+    assert "agentloop.consistency.max_abs=0" in (tmp_path / "verl.log").read_text()
+    second = found.steps[1].sampled_by
+    assert second is not None and asynchronous == (second[0] == 0)
     advantages = []
     for trained in run.train_side(1):
         assert (trained.response_mask == trained.sampled).all()
