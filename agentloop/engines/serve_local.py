@@ -33,6 +33,7 @@ from aiohttp import web
 
 from agentloop.engines.base import Generation, Sampling
 from agentloop.engines.local import LocalEngine
+from agentloop.engines.serve_local_group import UpdateGroups
 from agentloop.errors import ConfigError, EngineError, nearest
 from agentloop.trajectory import StopReason
 
@@ -59,6 +60,9 @@ ADMIN = (
     "/continue_generation",
     "/update_weights_from_disk",
     "/update_weight_version",
+    "/init_weights_update_group",
+    "/destroy_weights_update_group",
+    "/update_weights_from_distributed",
     "/release_memory_occupation",
     "/resume_memory_occupation",
 )
@@ -92,6 +96,7 @@ class LocalServer:
         self._idle = asyncio.Event()
         self._idle.set()
         self._updating = asyncio.Lock()
+        self._groups = UpdateGroups(engine)
         self._runner: web.AppRunner | None = None
         self.url = ""
         """Where it listens, once it does."""
@@ -115,6 +120,9 @@ class LocalServer:
         post("/continue_generation", self._continue)
         post("/update_weights_from_disk", self._update_weights)
         post("/update_weight_version", self._update_version)
+        post("/init_weights_update_group", self._join_group)
+        post("/destroy_weights_update_group", self._leave_group)
+        post("/update_weights_from_distributed", self._receive_weights)
         post("/release_memory_occupation", self._release_memory)
         post("/resume_memory_occupation", self._resume_memory)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -275,6 +283,22 @@ class LocalServer:
         message = f"Succeeded to update model weights. Weight version updated to {number}."
         return _json({"success": True, "message": message, "num_paused_requests": 0})
 
+    async def _join_group(self, request: web.Request) -> web.StreamResponse:
+        return _success(*await self._groups.join(await request.json()))
+
+    async def _leave_group(self, request: web.Request) -> web.StreamResponse:
+        return _success(*await self._groups.leave(await request.json()))
+
+    async def _receive_weights(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        async with self._updating:
+            if not self._paused:
+                await self._idle.wait()
+            success, message = await self._groups.receive(body)
+            if success and body.get("weight_version") is not None:
+                self._version = str(body["weight_version"])
+        return _success(success, message)
+
     async def _update_version(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self._version = str(body["new_version"])
@@ -361,6 +385,10 @@ async def _tags(request: web.Request) -> tuple[str, ...]:
 
 def _json(data: Any, *, status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(data), status=status, content_type="application/json")
+
+
+def _success(success: bool, message: str) -> web.Response:
+    return _json({"success": success, "message": message}, status=200 if success else 400)
 
 
 def _error(message: str) -> web.Response:

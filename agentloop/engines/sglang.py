@@ -18,6 +18,7 @@ from agentloop.config import validate
 from agentloop.engines import sglang_protocol as protocol
 from agentloop.engines.base import Engine, Generation, Sampling, Weights
 from agentloop.engines.sglang_config import SGLangConfig
+from agentloop.engines.sglang_group import EngineMember
 from agentloop.engines.sglang_process import end, launch, server_args
 from agentloop.engines.sglang_weights import Names, buckets, shapes
 from agentloop.errors import EngineError, nearest
@@ -352,6 +353,10 @@ class SGLangEngine(Engine):
         if not success:
             raise EngineError(f"SGLang's weight checker failed: {message}")
         return protocol.fingerprints(ranks or ())
+
+    def group_member(self) -> EngineMember:
+        """How SGLang's processes take part in a process group with a trainer."""
+        return EngineMember(self)
 
     # -- memory -------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from agentloop.weights.shape import ModelShape, read_shape, shape_of
 from agentloop.weights.shards import Shard, ShardSource, to_shard
 from agentloop.weights.source import Source
 from agentloop.weights.sync import Check, CheckReport, MegatronSGLangShardingManager, SyncReport
+from agentloop.weights.sync_distributed import DistributedPlan
 from agentloop.weights.sync_guard import GuardedEngine, SyncFailed, WeightsRefused
 from agentloop.weights.sync_plans import DiskPlan, RestartPlan, SendPlan, TensorsPlan
 
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointSource",
     "Coordinates",
     "DiskPlan",
+    "DistributedPlan",
     "Fp8Error",
     "GatheredSource",
     "GuardedEngine",

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 from agentloop.engines.base import Engine, Sampling
 from agentloop.errors import AgentloopError, ConfigError, EngineError
@@ -189,7 +189,10 @@ class MegatronSGLangShardingManager:
             return report
 
     async def _lead(self, stream: Stream) -> SyncReport:
-        target, began = self.version + 1, perf_counter()
+        began = perf_counter()
+        if self._version is None:
+            await self._each(_ask_version)
+        target = self.version + 1
         before = {guard.name: guard.refusal for guard in self.engines.values()}
         for guard in self.engines.values():
             guard.hold()
@@ -406,6 +409,18 @@ class MegatronSGLangShardingManager:
         await self.plan.close()
         if self._thread is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+@runtime_checkable
+class _TellsVersion(Protocol):
+    """An engine of processes that outlive this one, such as servers: after a restart of the trainer they have a version."""
+
+    async def ask_version(self) -> int | None: ...
+
+
+async def _ask_version(guard: GuardedEngine) -> None:
+    if isinstance(guard.engine, _TellsVersion):
+        await guard.engine.ask_version()
 
 
 def _first_line(error: BaseException) -> str:

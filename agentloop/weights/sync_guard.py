@@ -56,7 +56,11 @@ class GuardedEngine(Engine):
         if not await self._passed():
             version = self.weight_version
             return Generation([], [] if sampling.log_probs else None, StopReason.ABORTED, version, version)
-        return await self.engine.generate(ids, sampling, trajectory_id=trajectory_id)
+        began = self._version
+        answer = await self.engine.generate(ids, sampling, trajectory_id=trajectory_id)
+        if None not in (began, answer.weight_version) and answer.weight_version != began:
+            raise EngineError(f"engine '{self.name}' answered with weights of version {answer.weight_version}, not {began}")
+        return answer
 
     async def score(self, ids: Sequence[int], *, temperature: float = 1.0) -> list[float]:
         if not await self._passed():

@@ -18,10 +18,11 @@ from agentloop.engines.sglang_server import weights_on_disk
 from agentloop.engines.sglang_server.config import SGLangServerConfig, UpdateMode
 from agentloop.engines.sglang_server.control import Control, Target
 from agentloop.engines.sglang_server.flights import Call, Gate, Landed, Sender
+from agentloop.engines.sglang_server.group import ServerMember
 from agentloop.engines.sglang_server.health import Prober
-from agentloop.engines.sglang_server.http import Http, ServerLost
+from agentloop.engines.sglang_server.http import Http, ServerLost, ServerRefused
 from agentloop.engines.sglang_server.replicas import Replicas
-from agentloop.engines.sglang_server.workers import Limits, limits, number, rank
+from agentloop.engines.sglang_server.workers import Limits, limits, number, rank, version
 from agentloop.errors import EngineError, nearest
 from agentloop.trajectory import StopReason
 
@@ -269,6 +270,62 @@ class SGLangServerEngine(Engine):
                     self._cache_key = f"{version}/{protocol.new_request_id()}"
             finally:
                 self._gate.let("weights")
+
+    # -- for weights over a process group (group.py) --------------------------------------------------------------------
+
+    def group_member(self) -> ServerMember:
+        """How the servers take part in a process group with a trainer."""
+        return ServerMember(self, timeout_s=self.config.control_timeout_s)
+
+    async def workers(self) -> list[str]:
+        """The addresses of all servers, paused ones included. Raises `EngineError` where one is gone: it would miss the
+        weights."""
+        self._check_open()
+        for replica in self._replicas.all:
+            try:
+                await self._prober.identify(replica)
+            except ServerLost as error:
+                raise EngineError(str(error)) from error
+        return [worker for replica in self._replicas.all for worker in replica.workers]
+
+    async def ask_version(self) -> int | None:
+        """`weight_version`, for which servers that were not heard of yet are asked, paused ones included."""
+        self._check_open()
+        for replica in self._replicas.all:
+            if replica.version is None:
+                with contextlib.suppress(ServerLost, ServerRefused):
+                    await self._prober.identify(replica)
+                    told = [await version(self._http, url, self.config.probe_timeout_s) for url in replica.workers]
+                    replica.version = min(told, key=rank)
+        return self.weight_version
+
+    async def ask(self, url: str, path: str, body: Mapping[str, Any] | None, *, timeout_s: float) -> Any:
+        """One control request, a GET if `body` is `None`. Raises `ServerLost` and `ServerRefused`."""
+        if body is None:
+            return await self._http.get(url, path, timeout_s=timeout_s, key="admin")
+        return await self._http.post(url, path, body, timeout_s=timeout_s)
+
+    def changing(self, on: bool, version: int | None = None) -> None:
+        """Weights are being changed from outside, so requests and health checks wait; then they are those of `version`."""
+        self._control.changing = on
+        if on:
+            self._gate.hold("weights")
+            return
+        if version is not None:
+            self._control.target = None
+            for replica in self._replicas.all:
+                replica.version = str(version)
+        self._gate.let("weights")
+
+    async def weight_checksums(self, names: Sequence[str] | None = None) -> dict[str, int]:
+        raise EngineError(protocol.NO_CHECKSUMS)
+
+    async def weight_fingerprints(self) -> dict[str, str]:
+        """By the servers' own weight checkers (`POST /weights_checker`, with the admin key), of all that are up; see
+        `SGLangEngine.weight_fingerprints`. Where servers differ, the different ones side by side."""
+        self._check_awake()
+        await self._learn()
+        return await self._control.weight_fingerprints()
 
     async def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
         """Aborts every request on the servers, of others too, and frees GPU memory; they need `--enable-memory-saver`."""
