@@ -47,9 +47,9 @@ from benchmarks.gpu.deepseek_model import (
     write_checkpoint,
     write_folder,
 )
-from benchmarks.gpu.engine_support import SETTINGS, Result, failure, missing, summary
+from benchmarks.gpu.engine_support import SETTINGS, Result, arguments, command, failure, refused, summary
 from benchmarks.gpu.weights import copy_bandwidth, furthest, prompt
-from benchmarks.report import RESULTS, Aim
+from benchmarks.report import Aim
 
 PARTS = ("routing", "updates", "two")
 REQUESTS, NEW_TOKENS = 64, 64
@@ -141,16 +141,10 @@ def start(kind: str, folder: Path, load_format: str, more: dict[str, Any] | None
 
 class Bench(Result):
     def __init__(self, args: argparse.Namespace) -> None:
-        kind: str = args.engine
-        super().__init__(
-            "gpu_deepseek" if kind == "sglang" else "deepseek_local",
-            aims,
-            args.results,
-            command=f"python -m benchmarks.gpu.deepseek {' '.join(sys.argv[1:])}".strip(),
-            engine=kind,
-        )
-        self.args, self.kind = args, kind
-        self.device = "cuda" if kind == "sglang" else "cpu"
+        super().__init__(args.name, aims, args.results, command=command("deepseek"), engine=args.engine)
+        self.args = args
+        self.kind: str = args.engine
+        self.device = "cuda" if self.kind == "sglang" else "cpu"
 
     def left(self) -> float:
         """Seconds of the budget."""
@@ -490,24 +484,18 @@ def listed(known: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def asked(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A small DeepSeek-V3 on SGLang.")
-    parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
     parser.add_argument("--part", type=listed(PARTS), default=list(PARTS), help="default: all, two only with --gpus 2")
     parser.add_argument("--sizes", type=listed(SHAPES), default=list(SHAPES), help="of the weights, in 10⁹ bytes; default: all")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=360.0, help="nothing is started that would go beyond")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --engine local runs/deepseek")
-    args = parser.parse_args(argv)
-    if args.results is None:
-        args.results = RESULTS if args.engine == "sglang" else Path("runs/deepseek")
-    return args
+    return arguments(parser, "deepseek", argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
-    if args.engine == "sglang" and (why := missing()):
-        print(f"{why}: nothing was measured", file=sys.stderr)
+    args = asked(argv)
+    if refused(args):
         return 3
     bench = Bench(args)
     asyncio.run(bench.run())

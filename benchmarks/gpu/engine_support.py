@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.report import Aim, report, save
+from benchmarks.report import RESULTS, Aim, report, save
 
 MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
 SETTINGS: dict[str, Any] = {
@@ -34,6 +35,32 @@ def missing() -> str | None:
     if importlib.util.find_spec("sglang") is None:
         return "SGLang is not installed here"
     return None
+
+
+def arguments(parser: argparse.ArgumentParser, name: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What `parser` knows, and `engine` and `results`, as every benchmark has them that also runs on a CPU; `name`, of the
+    result, is `gpu_NAME` or `NAME_local`."""
+    parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
+    parser.add_argument("--results", type=Path, help=f"default: benchmarks/results; with --engine local runs/{name}")
+    args = parser.parse_args(argv)
+    local = args.engine == "local"
+    args.name = f"{name}_local" if local else f"gpu_{name}"
+    if args.results is None:
+        args.results = Path("runs") / name if local else RESULTS
+    return args
+
+
+def refused(args: argparse.Namespace) -> bool:
+    """Whether SGLang was asked for and cannot be had; said in one sentence, for a benchmark that then ends with status 3."""
+    why = missing() if args.engine == "sglang" else None
+    if why:
+        print(f"{why}: nothing was measured", file=sys.stderr)
+    return why is not None
+
+
+def command(module: str) -> str:
+    """As it was typed."""
+    return f"python -m benchmarks.gpu.{module} {' '.join(sys.argv[1:])}".strip()
 
 
 def or_exit() -> None:

@@ -18,19 +18,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from agentloop.engines.sglang_server import SGLangServerEngine
 from agentloop.errors import AgentloopError, EngineError
-from benchmarks.gpu.engine_support import missing
+from benchmarks.gpu.engine_support import Result, arguments, command, refused
 from benchmarks.gpu.meter import MeteredEngine
 from benchmarks.gpu.models import QWEN3_8B, TINY, random_model, write_model
 from benchmarks.gpu.sides import Agentloop, response_length, reuse
 from benchmarks.gpu.trace import instant, make_trace, shortened
-from benchmarks.report import RESULTS, Aim, report, save
+from benchmarks.report import Aim
 
 PORT = 21_000
 START_S = 240.0
@@ -104,58 +104,56 @@ class Servers:
             self.kill(number)
 
 
-async def measure(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Any]:
+async def measure(args: argparse.Namespace, folder: Path, result: Result) -> None:
     model = folder / "model"
     write_model(model, QWEN3_8B if args.engine == "sglang" else TINY)
     if args.engine == "local":
         random_model(model).save_pretrained(model)
     trace = instant(make_trace(args.trajectories, seed=args.seed, scale=args.scale))
-    figures: dict[str, Any] = {
-        "command": f"python -m benchmarks.gpu.replicas {' '.join(sys.argv[1:])}".strip(),
-        "engine": args.engine,
-        "replicas": args.replicas,
-        "gpus": gpus() if args.engine == "sglang" else 0,
-        "conversations": len(trace),
-        "sampled_tokens": sum(c.tokens for c in trace),
-    }
+    sampled = sum(c.tokens for c in trace)
+    result.note(
+        replicas=args.replicas,
+        gpus=gpus() if args.engine == "sglang" else 0,
+        conversations=len(trace),
+        sampled_tokens=sampled,
+    )
     servers = Servers(args.engine, model, args.replicas, folder)
     engine = SGLangServerEngine({"urls": tuple(servers.urls), "ignore_eos": True, "probe_interval_s": 1.0})
     began = perf_counter()
     try:
         await servers.start(engine)
-        figures["start_s"] = round(perf_counter() - began, 1)
+        result.note(start_s=round(perf_counter() - began, 1))
         ours = Agentloop(MeteredEngine(engine), model, folder / "journal", response_length(model, trace), "replicas")
         await ours.run(shortened(trace), 1)
         began, placed = perf_counter(), [replica.placed for replica in engine.replicas]
         trajectories = await ours.run(trace, 2)
         wall = perf_counter() - began
-        figures["undisturbed"] = {
+        undisturbed = {
             "wall_s": round(wall, 3),
-            "tokens_per_s": round(figures["sampled_tokens"] / wall, 1),
+            "tokens_per_s": round(sampled / wall, 1),
             "placed": [replica.placed - before for replica, before in zip(engine.replicas, placed, strict=True)],
             "prefix_cache": reuse(trajectories),
         }
-        print(figures, flush=True)
-        save(name, figures, aims(figures), args.results)
+        result.note(undisturbed=undisturbed)
         began, running = perf_counter(), asyncio.create_task(ours.run(trace, 3))
         await asyncio.sleep(KILL_AFTER * wall)
         lost = engine.replicas[-1].in_flight
         servers.kill(args.replicas - 1)
         trajectories = await running  # raises unless each went as the trace says
-        figures["one_killed"] = {
+        killed = {
             "requests_lost": lost,
             "complete": len(trajectories),
             "wall_s": round(perf_counter() - began, 3),
             "replicas_up": sum(replica.up for replica in engine.replicas),
             "prefix_cache": reuse(trajectories),
         }
+        result.note(one_killed=killed)
     finally:
         await engine.close()
         servers.close()
-    return figures
 
 
-def aims(figures: dict[str, Any]) -> list[Aim]:
+def aims(figures: Mapping[str, Any]) -> list[Aim]:
     found = []
     if "undisturbed" in figures:
         share = figures["undisturbed"]["prefix_cache"]["share"]
@@ -166,35 +164,25 @@ def aims(figures: dict[str, Any]) -> list[Aim]:
     return found
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Several SGLang servers.")
-    parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--trajectories", type=int, default=256)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the trace's tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --engine local runs/replicas")
-    args = parser.parse_args(argv)
+    args = arguments(parser, "replicas", argv)
     if args.replicas < 2:
         parser.error("--replicas must be at least 2: one of them is killed")
-    if args.results is None:
-        args.results = RESULTS if args.engine == "sglang" else Path("runs/replicas")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
-    if args.engine == "sglang" and (why := missing()):
-        print(f"{why}: nothing was measured", file=sys.stderr)
+    if refused(args):
         return 3
-    name = "gpu_replicas" if args.engine == "sglang" else "replicas_local"
+    result = Result(args.name, aims, args.results, command=command("replicas"), engine=args.engine)
     with tempfile.TemporaryDirectory(prefix="replicas-") as folder:
         try:
-            figures = asyncio.run(measure(args, Path(folder), name))
+            asyncio.run(measure(args, Path(folder), result))
         except AgentloopError as error:
             print(error, file=sys.stderr)
             return 1
-    report(name, figures, aims(figures), args.results)
+    result.report()
     return 0
 
 

@@ -15,15 +15,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from agentloop.verl.rollout_worker_places import DEVICES, IMBALANCE
-from benchmarks.gpu.engine_support import MODEL, SETTINGS, Result, missing, summary
-from benchmarks.report import RESULTS, Aim
+from benchmarks.gpu.engine_support import MODEL, SETTINGS, Result, arguments, command, refused, summary
+from benchmarks.report import Aim
 
 PROMPT, RESPONSE, ROWS = 160, 48, 64
 
@@ -184,36 +183,25 @@ def aims(figures: Mapping[str, Any]) -> list[Aim]:
         left = figures["processes_left"]
         found.append(Aim("processes left after shutdown", left, "0", left == 0))
     if figures["engine"] == "sglang" and "environments" in figures:
-        wrong = sum(any(told[name] != value for name, value in IMBALANCE.items()) for told in figures["environments"])
+        wrong = sum([told[name] for name in IMBALANCE] != ["0", None] for told in figures["environments"])
         found.append(Aim("processes of SGLang that check for unequal memory", wrong, "0", wrong == 0))
     return found
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The rollout worker with SGLang.")
-    parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--tensor", type=int, default=1, help="GPUs of one engine")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --engine local runs/rollout_worker")
-    args = parser.parse_args(argv)
-    if args.results is None:
-        args.results = RESULTS if args.engine == "sglang" else Path("runs/rollout_worker")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
-    if args.engine == "sglang" and (why := missing()):
-        print(f"{why}: nothing was measured", file=sys.stderr)
+    args = arguments(parser, "rollout_worker", argv)
+    if refused(args):
         return 3
     if args.engine == "local":
         os.environ.update(VERL_PLATFORM="cpu", VERL_USE_EXTERNAL_MODULES="agentloop.verl.plugin")
-    name = "gpu_rollout_worker" if args.engine == "sglang" else "rollout_worker_local"
     result = Result(
-        name + (f"_tp{args.tensor}" if args.tensor > 1 else ""),
+        args.name + (f"_tp{args.tensor}" if args.tensor > 1 else ""),
         aims,
         args.results,
-        command=f"python -m benchmarks.gpu.rollout_worker {' '.join(sys.argv[1:])}".strip(),
+        command=command("rollout_worker"),
         engine=args.engine,
         ranks=args.gpus,
         replicas=args.gpus // args.tensor,

@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,10 +25,10 @@ from typing import Any
 from agentloop.engines.base import Engine, Sampling
 from agentloop.generate import generate
 from agentloop.trajectory import MIXED, version_runs
-from benchmarks.gpu.engine_support import missing
+from benchmarks.gpu.engine_support import Result, arguments, command, refused
 from benchmarks.gpu.models import QWEN3_8B, TINY, write_model
 from benchmarks.gpu.throughput import SETTINGS
-from benchmarks.report import RESULTS, Aim, report, save
+from benchmarks.report import Aim
 
 Tensors = dict[str, Any]
 MODES = ("abort", "retract", "in_place")
@@ -108,22 +108,13 @@ def furthest(some: Sequence[float], others: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(some, others, strict=True))
 
 
-class Bench:
+class Bench(Result):
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.folder, self.began = args, folder, perf_counter()
-        self.kind = args.engine
+        self.args, self.folder = args, folder
+        self.kind: str = args.engine
         self.device = "cuda" if self.kind == "sglang" else "cpu"
-        self.name = "gpu_weights" if self.kind == "sglang" else "weights_local"
-        self.figures: dict[str, Any] = {
-            "command": f"python -m benchmarks.gpu.weights {' '.join(sys.argv[1:])}".strip(),
-            "engine": self.kind,
-            "model": "Qwen3-8B's shape, random weights, bfloat16" if self.kind == "sglang" else "tiny, random weights",
-        }
-
-    def note(self, **figures: Any) -> None:
-        self.figures.update(figures)
-        print(f"[{perf_counter() - self.began:6.1f} s] {figures}", flush=True)
-        save(self.name, self.figures, aims(self.figures), self.args.results)
+        model = "Qwen3-8B's shape, random weights, bfloat16" if self.kind == "sglang" else "tiny, random weights"
+        super().__init__(args.name, aims, args.results, command=command("weights"), engine=self.kind, model=model)
 
     def run(self) -> None:
         write_model(self.folder, QWEN3_8B if self.kind == "sglang" else TINY)
@@ -224,7 +215,7 @@ def versions(answers: Sequence[Any], version: int) -> dict[str, Any]:
     }
 
 
-def aims(figures: dict[str, Any]) -> list[Aim]:
+def aims(figures: Mapping[str, Any]) -> list[Aim]:
     found = []
     if "restart_over_hot_update" in figures:
         times = figures["restart_over_hot_update"]
@@ -254,26 +245,16 @@ def aims(figures: dict[str, Any]) -> list[Aim]:
     return found
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Weight updates of a serving engine.")
-    parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
-    parser.add_argument("--requests", type=int, default=64, help="that decode while the weights change")
-    parser.add_argument("--results", type=Path, help="default: benchmarks/results; with --engine local runs/weights")
-    args = parser.parse_args(argv)
-    if args.results is None:
-        args.results = RESULTS if args.engine == "sglang" else Path("runs/weights")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
-    if args.engine == "sglang" and (why := missing()):
-        print(f"{why}: nothing was measured", file=sys.stderr)
+    parser = argparse.ArgumentParser(description="Weight updates of a serving engine.")
+    parser.add_argument("--requests", type=int, default=64, help="that decode while the weights change")
+    args = arguments(parser, "weights", argv)
+    if refused(args):
         return 3
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         bench = Bench(args, Path(folder))
         bench.run()
-    report(bench.name, bench.figures, aims(bench.figures), args.results)
+    bench.report()
     return 0
 
 

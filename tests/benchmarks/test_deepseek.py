@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu import deepseek_model
-from benchmarks.gpu.deepseek import Bench, arguments, main
+from benchmarks.gpu.deepseek import Bench, asked, main
 from benchmarks.gpu.deepseek_model import TINY, log_probs, per_expert, recorded, replayed, shift, trainer, write_checkpoint
 
 IDS = [5, 17, 99, 3, 250, 41, 7, 7, 120, 64]
@@ -115,7 +115,7 @@ def test_replay_takes_a_rounded_model_back_to_the_unrounded_ones_experts(model: 
 
 def test_a_size_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        arguments(["--sizes", "2"])
+        asked(["--sizes", "2"])
     assert "'2' is none of 1, 8, 30" in capsys.readouterr().err
 
 
@@ -125,4 +125,4 @@ def test_the_sizes_are_about_what_they_are_called() -> None:
             whole = AutoModelForCausalLM.from_config(shape.config("bfloat16"))
         found = sum(tensor.nbytes for tensor in whole.state_dict().values()) / 1e9
         assert float(size) * 0.9 < found < float(size) * 1.25, (size, found)
-    assert Bench(arguments(["--engine", "local"])).left() > 300
+    assert Bench(asked(["--engine", "local"])).left() > 300
