@@ -102,7 +102,10 @@ class Page:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style>',
         )
         head += f"{root('embedded', theme=self.theme, height=height, link=self.link)}\n"
-        head += f"{_block('overview', Answer(payload.overview()))}<script>{page_js}</script>\n"
+        overview = payload.overview()
+        head += f"{_block('overview', Answer(overview))}<script>{page_js}</script>\n"
+        if "consistency" in overview["can"]:
+            head += _block("consistency", payload.answer({"kind": "consistency"}))
         yield head
         size, tokens = len(head), 0
         for row in self.rows:

@@ -109,6 +109,10 @@ class Payload:
         self._advantages: dict[int, tuple[int, dict[str, float]]] = {}
         self._prompts: dict[str, str | None] = {}
         self._texts = TextIndex(lambda row: run.load(row, tokens=False))
+        self._whole = rows is None
+        self._compared: tuple[Any, dict[str, Any] | None] | None = None
+        """What the last comparison of trainer and rollout was made of, and what it told."""
+        self._comparing = threading.Lock()
 
     def answer(self, request: Any) -> Answer:
         """Never raises for a request that is wrong or a record that is damaged: that is an answer of kind `error`."""
@@ -123,6 +127,8 @@ class Payload:
                 return Answer({"kind": "changes", **growth(self.run.path)._asdict()})
             if kind == "search" and "search" in self._can:
                 return Answer(self.search(str(request["text"]), request.get("keys"), int(request.get("limit") or 100)))
+            if kind == "consistency":
+                return Answer({"kind": "consistency", "report": self.consistency()})
             with self._lock:
                 if kind == "overview":
                     return Answer(self.overview())
@@ -157,6 +163,7 @@ class Payload:
         rows, meta = self.rows(), self.run.meta
         places = dict.fromkeys(Place(row.partition, row.step) for row in rows)
         self._sides = {step: self.run.train_side(step) for partition, step in places if partition == "train"}
+        arrived = any(side.arrived for side in self._sides.values())
         return {
             "kind": "overview",
             "protocol": PROTOCOL,
@@ -166,7 +173,7 @@ class Payload:
                 "created": meta.get("created"),
                 "facts": _run_facts(meta),
             },
-            "can": self._can,
+            "can": [*self._can, "consistency"] if arrived else self._can,
             "stamp": stamp,
             "special_ids": None,
             "commands": self._commands(),
@@ -268,6 +275,31 @@ class Payload:
         if side is None or row.id not in side.ids:
             side = self._sides[row.step] = self.run.train_side(row.step)
         return side
+
+    # -- trainer against rollout ------------------------------------------------------------------------------------
+
+    def consistency(self) -> dict[str, Any] | None:
+        """`agentloop.consistency`'s report on the trajectories of the last overview, or `None` if nothing of their train side
+        has arrived. Others are answered meanwhile. Raises `JournalError` if something that is needed is damaged."""
+        from agentloop.consistency import consistency
+
+        with self._comparing:
+            with self._lock:
+                if not self._rows:
+                    self.overview()
+                made_of = {step: (side.arrived, side.expected) for step, side in self._sides.items() if side.arrived}
+                chosen = None if self._whole else set(self._rows)
+            if self._compared is None or self._compared[0] != (made_of, chosen):
+                run = Run(self.run.path)  # not ours, which others are reading by
+                if not made_of:
+                    report = None
+                elif chosen is None:
+                    report = consistency(run).to_dict()
+                else:
+                    sides = (trained for step in made_of for trained in run.train_side(step))
+                    report = consistency([side for side in sides if key_of(side.recorded.row) in chosen]).to_dict()
+                self._compared = (made_of, chosen), report
+            return self._compared[1]
 
     # -- search -----------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,9 @@ def test_a_page_holds_what_it_shows_and_nothing_that_fetches(recorded: Recorded,
     page = Blocks((tmp_path / "run.html").read_text("utf-8"))
     assert page.fetches == []
     overview, _ = unpacked(page.blocks.pop("overview"))
-    assert set(overview["trajectories"]["step"]) == {1, 3} and overview["can"] == [] and overview["commands"] == {}
+    assert set(overview["trajectories"]["step"]) == {1, 3} and overview["can"] == ["consistency"] and overview["commands"] == {}
+    compared, _ = unpacked(page.blocks.pop("consistency"))
+    assert {token["step"] for token in compared["report"]["worst_tokens"]} == {1}, "of what the page holds"
     assert list(page.blocks) == [f"sample:{key}" for key in overview["trajectories"]["key"]]
     _, columns = unpacked(page.blocks["sample:train/1/even_0"])
     assert columns["ids"].tolist() == recorded.trajectories["train", 1, "even_0"].input_ids
@@ -176,7 +178,7 @@ def test_the_widgets_state_holds_no_data(recorded: Recorded) -> None:
     widget._handle_custom_msg({"type": "request", "n": 8, "request": {"kind": "overview"}}, [])
     (content, buffers), (overview, none) = sent
     assert (content["type"], content["n"], content["header"]["n"]) == ("answer", 7, 481)
-    assert len(buffers) == 1 and none is None and overview["header"]["can"] == ["search", "refresh", "changes"]
+    assert len(buffers) == 1 and none is None and overview["header"]["can"] == ["search", "refresh", "changes", "consistency"]
     json.dumps([content, overview], allow_nan=False).encode()
     widget.goto("even_1", step=2, turn=1)
     assert sent[-1][0] == {"type": "event", "event": {"kind": "goto", "link": {"key": "train/2/even_1", "turn": 1}}}
@@ -335,7 +337,7 @@ def test_export_writes_a_page(recorded: Recorded, tmp_path: Path) -> None:
 
     assert "2 trajectories written" in export("--steps", "1,3", "--ids", "even_0", "--partition", "train").output
     page = Blocks((tmp_path / "x.html").read_text("utf-8"))
-    assert set(page.blocks) == {"overview", "sample:train/1/even_0", "sample:train/3/even_0"}
+    assert set(page.blocks) == {"overview", "consistency", "sample:train/1/even_0", "sample:train/3/even_0"}
     assert "limit is 0.01 MB" in str(export("--max-mb", "0.01").exception)
     assert "no trajectories of step 7" in str(export("--steps", "1,7").exception)
     error = run_command(convert.export, str(recorded.path), str(tmp_path / "x.jsonl"), "--ids", "even_0").exception

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agentloop.consistency import consistency
 from agentloop.journal import JournalWriter, Run
 from agentloop.journal.imports import import_run
+from agentloop.journal.train_side import write_update
 from agentloop.replay import to_frame
 from agentloop.replay.payload import Answer, Payload
 from agentloop.trajectory import Sample, StopReason, Trajectory, Turn
@@ -70,7 +72,7 @@ def test_the_overview_tells_of_every_trajectory(payload: Payload, recorded: Reco
         ("train", 3, None, None),
         ("val", 3, None, None),
     ]
-    assert overview["can"] == ["search", "refresh", "changes"]
+    assert overview["can"] == ["search", "refresh", "changes", "consistency"]
     assert overview["run"]["model"] == "quickstart"
 
 
@@ -124,6 +126,33 @@ def test_the_train_side_is_there_once_it_has_arrived(payload: Payload, recorded:
     assert header["train"] is None and "train_logprob" not in columns and "advantage" not in columns
 
 
+def test_trainer_against_rollout_is_what_the_report_says(recorded: Recorded) -> None:
+    payload = Payload(Run(recorded.path))
+    told = ask(payload, kind="consistency")["report"]
+    assert "consistency" in ask(payload, kind="overview")["can"]
+    assert told == json.loads(json.dumps(consistency(Run(recorded.path)).to_dict()))
+    named = {token["token"] for token in told["worst_tokens"] if token["key"] == "train/{}/{}".format(*DIFFERENT)}
+    assert set(recorded.big_differences) <= named
+    steps = ask(payload, kind="overview")["steps"]
+    assert told["arrived"] == told["trajectories"] == sum(step["arrived"] or 0 for step in steps)
+    assert {int(step): n for step, n in told["missing"].items()}.keys() == {2, 3}
+    rows = [row for row in Run(recorded.path).trajectories("train", 1) if row.id == "even_1"]
+    chosen = ask(Payload(Run(recorded.path), lambda: rows, live=False), kind="consistency")["report"]
+    assert chosen["trajectories"] == 1
+    assert {token["id"] for token in chosen["worst_tokens"]} == {"even_1"}
+
+
+def test_trainer_against_rollout_follows_what_arrives(tmp_path: Path) -> None:
+    with JournalWriter(tmp_path) as writer:
+        made = conversation(writer, 0)
+    payload = Payload(Run(tmp_path))
+    assert "consistency" not in ask(payload, kind="overview")["can"]
+    assert ask(payload, kind="consistency")["report"] is None
+    write_update(tmp_path, [trainer_row(made)], step=made.step, update=0, generation=1)
+    assert "consistency" in ask(payload, kind="overview")["can"]
+    assert ask(payload, kind="consistency")["report"]["trajectories"] == 1
+
+
 def test_entropies_are_those_that_the_engine_told(tmp_path: Path) -> None:
     told = [0.5, 0.0, 2.25]
     with JournalWriter(tmp_path, decode=decode) as writer:
@@ -148,8 +177,6 @@ def test_entropies_are_those_that_the_engine_told(tmp_path: Path) -> None:
 
 
 def test_a_late_arrival_is_seen(tmp_path: Path) -> None:
-    from agentloop.journal.train_side import write_update
-
     with JournalWriter(tmp_path, decode=decode) as writer:
         told = [conversation(writer, seed, step=1) for seed in range(3)]
     payload = Payload(Run(tmp_path))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.replay.browser import Site, browser, ready, serving
-from tests.replay.viewer_data import HALF, PLANTED, MadeRun, Trajectory, frame, make, planted_run
+from tests.replay.viewer_data import HALF, PLANTED, MadeRun, Trajectory, figures, frame, make, planted_run, report, worst_token
 
 RUN = planted_run()
 
@@ -189,6 +189,95 @@ def test_train_side_says_how_much_has_arrived(page: Any, site: Site) -> None:
     page.reload()
     ready(page, "run")
     assert page.locator(".arrived").inner_text() == "train side: not recorded"
+
+
+def test_trainer_against_rollout_leads_to_the_tokens_that_are_furthest_apart(page: Any, site: Site) -> None:
+    at = int(np.flatnonzero(RUN["train/1/0_2"].mask)[5])
+    hostile = "<img src=x onerror=hacked=1>\u202e\n"
+    worst = [
+        worst_token("train/1/0_1", 130, None),
+        worst_token("train/1/0_2", at, -8.5, text=hostile, update=1, trained_step=2),
+        worst_token("train/7/9_9", 12, 3.25, text=None),
+    ]
+    site.serve(
+        MadeRun(
+            RUN.trajectories, can=["consistency"], consistency=report(worst, findings=["2 trained tokens were <not> sampled"])
+        )
+    )
+    open_run(page, site)
+    page.reload()
+    ready(page, "run")
+    page.click('[data-value="consistency"]')
+    page.wait_for_selector('.consistency[data-compared="400"]')
+    panel = page.locator(".consistency")
+    assert not page.locator(".run-view .list").is_visible()
+    assert "31 of 32 arrived" in panel.inner_text() and "400 compared, 3 not recorded" in panel.inner_text()
+    assert "2 trained tokens were <not> sampled" in panel.locator(".problem").inner_text()
+    assert panel.locator('[data-field="mean_abs"]').inner_text() == "mean 0.375, most 0.375"
+    rows = panel.locator('table[data-table="By turn"] tbody tr').all_inner_texts()
+    assert [row.split() for row in rows] == [["0", "300", *["0.125"] * 3, "25%"], ["1", "100", *["0.750"] * 3, "25%"]]
+    assert panel.locator('table[data-table="By position in the response"] tbody tr').count() == 1
+    chart = panel.locator(".chart")
+    chart.focus()
+    page.keyboard.press("End")
+    assert chart.get_attribute("aria-valuetext") == "step 2.1: mean 0.500, most 0.500"
+    page.keyboard.press("Enter")
+    assert panel.locator('table[data-table="By turn"] tbody tr').count() == 1
+    assert panel.locator(".worst tbody tr").count() == 1, "the others are not of this step"
+    assert page.evaluate("() => document.querySelector('#agentloop-replay').shadowRoot.activeElement.className") == "chart"
+    page.keyboard.press("Enter")
+    assert panel.locator(".worst tbody tr").count() == 3
+    first, second, third = panel.locator(".worst tbody tr").all()
+    assert first.locator("[data-field=diff]").inner_text() == "infinite" and "\u2212\u221e" in first.inner_text()
+    assert third.locator("button").count() == 0, "it is not among what is shown here"
+    assert "#7" in third.inner_text()
+    assert "\u27e8U+202E\u27e9" in second.inner_text() and panel.locator("img").count() == 0
+    second.locator("button").click()
+    ready(page, "tokens", "train/1/0_2")
+    page.wait_for_selector(f'.tokens-pane[data-token="{at}"][data-mode="difference"]')
+    page.keyboard.press("r")
+    ready(page, "run")
+    assert panel.is_visible(), "where the reader was"
+    page.click('[data-value="groups"]')
+    assert page.locator(".row[data-group]").first.is_visible() and not panel.is_visible()
+
+
+def test_trainer_against_rollout_says_what_was_not_recorded(page: Any, site: Site) -> None:
+    nothing = report([], all=figures(0, None), by={"step": [], "turn": [], "position": [], "in_turn": []})
+    for run in (MadeRun(RUN.trajectories), MadeRun(RUN.trajectories, can=["consistency"], consistency=nothing)):
+        site.serve(run)
+        open_run(page, site)
+        page.reload()
+        ready(page, "run")
+        page.click('[data-value="consistency"]')
+        page.wait_for_selector(".consistency .missing:has-text('not recorded')")
+        assert page.locator(".consistency table").count() == 0
+    site.answer = lambda request: (
+        frame({"kind": "error", "message": "w0.rows: damaged"}) if request["kind"] == "consistency" else run.answer(request)
+    )
+    page.reload()
+    ready(page, "run")
+    page.click('[data-value="consistency"]')
+    page.wait_for_selector(".consistency .problem:has-text('w0.rows: damaged')")
+
+
+def test_a_turn_says_how_far_trainer_and_rollout_are_apart(page: Any, site: Site) -> None:
+    item = open_sample(page, site, "train/1/0_0", "conversation")
+    turn = item.header["turns"][1]
+    span = slice(turn["start"], turn["end"])
+    apart = (item.columns["train_logprob"] - item.columns["logprob"])[span]
+    apart = np.where(item.columns["train_mask"][span] == 1, apart, 0.0)
+    place = turn["start"] + int(np.abs(apart).argmax())
+    page.click("button[data-turn='1']")
+    words = page.locator('article[data-turn="1"] [data-field="drift"]')
+    assert f"most {apart[place - turn['start']]:+.3f} at token {place}" in words.inner_text()
+    words.locator("button").click()
+    page.wait_for_selector(f'.tokens-pane[data-token="{place}"][data-mode="difference"]')
+    bare = next(other for other in RUN.trajectories if "train_logprob" not in other.columns)
+    goto(page, view="conversation", key=bare.key)
+    ready(page, "conversation", bare.key)
+    assert page.locator('.sample-about [data-field="train \u2212 rollout"]').inner_text().endswith("not recorded")
+    assert page.locator('[data-field="drift"]').count() == 0
 
 
 # -- the conversation ----------------------------------------------------------------------------------------------------
@@ -609,6 +698,26 @@ def test_colours_can_be_read_and_told_apart_by_the_colour_blind(page: Any, site:
         return float(colour @ np.array([0.2126, 0.7152, 0.0722]))
 
     assert len(rules) > 30
+    drawn = page.evaluate(
+        """(theme) => {
+          const frame = document.querySelector("#agentloop-replay").shadowRoot.querySelector(".frame");
+          frame.classList.replace(theme === "dark" ? "theme-light" : "theme-dark", `theme-${theme}`);
+          const chart = frame.querySelector(".chart"), probe = document.createElement("div");
+          const found = [getComputedStyle(chart).backgroundColor];
+          chart.append(probe);
+          for (let i = 0; i < 10; i++) {
+            probe.className = `bar${i}`;
+            found.push(getComputedStyle(probe).color);
+          }
+          for (const line of frame.querySelectorAll(".plot .line")) found.push(getComputedStyle(line).stroke);
+          return found;
+        }""",
+        theme,
+    )
+    panel, *marks = (luminance(linear(rgb(colour))) for colour in drawn)
+    assert len(marks) > 12
+    for name, mark in zip(drawn[1:], marks, strict=True):
+        assert (max(mark, panel) + 0.05) / (min(mark, panel) + 0.05) >= 3, (theme, name)
     for code, (back, front) in rules.items():
         light, dark = sorted([luminance(linear(rgb(back))), luminance(linear(rgb(front)))], reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (theme, code)

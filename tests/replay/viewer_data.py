@@ -70,6 +70,8 @@ class MadeRun:
     can: list[str] = field(default_factory=list)
     commands: dict[str, str] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
+    consistency: dict[str, Any] | None = None
+    """What is answered of trainer against rollout."""
 
     def __getitem__(self, key: str) -> Trajectory:
         return next(trajectory for trajectory in self.trajectories if trajectory.key == key)
@@ -100,6 +102,8 @@ class MadeRun:
         if request["kind"] == "sample":
             found = [trajectory for trajectory in self.trajectories if trajectory.key == request["key"]]
             return found[0].frame() if found else frame({"kind": "error", "message": f"no trajectory {request['key']}"})
+        if request["kind"] == "consistency" and "consistency" in self.can:
+            return frame({"kind": "consistency", "report": self.consistency})
         if request["kind"] == "search":
             hits = [
                 {"key": item.key, "turn": 0, "where": "text", "excerpt": "…"}
@@ -363,3 +367,47 @@ def big_run(siblings: int = 64, tokens: int = 32_768) -> MadeRun:
         ],
         steps=[{"partition": "train", "step": 1, "arrived": siblings, "expected": siblings}],
     )
+
+
+def figures(tokens: int, mean_abs: float | None, **more: Any) -> dict[str, Any]:
+    """Of `agentloop.consistency.figures.Figures`, what is shown."""
+    some = {
+        "mean": mean_abs,
+        "mean_abs": mean_abs,
+        "max_abs": mean_abs,
+        "k3": mean_abs,
+        "ratio_outside": 0.25,
+        "correlation": 0.5,
+    }
+    none = {"tokens": tokens, "not_recorded": 0, "infinite": 0}
+    return none | (some if mean_abs is not None else dict.fromkeys(some)) | more
+
+
+def report(worst: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """As `agentloop.consistency.Consistency.to_dict`: of two steps of the trainer, and two turns."""
+    turns = [{"name": "0", **figures(300, 0.125)}, {"name": "1", **figures(100, 0.75)}]
+    steps = [
+        {"name": "1", "step": 1, "update": 0, "turns": turns, **figures(200, 0.25)},
+        {"name": "2.1", "step": 2, "update": 1, "turns": [{"name": "0", **figures(200, 0.5)}], **figures(200, 0.5)},
+    ]
+    bins = [{"name": "0-15", **figures(400, 0.375)}]
+    by = {"step": steps, "turn": turns, "position": bins, "in_turn": bins}
+    told = {"clip": [0.5, 2.0], "trajectories": 31, "not_recomputed": 0, "expected": 32, "arrived": 31, "missing": {"2": 1}}
+    whole = {"all": figures(400, 0.375, not_recorded=3), "by": by, "worst_tokens": worst, "worst_turns": [], "findings": []}
+    return {"version": 1, "sampled_tokens": 403, "turn_level": None} | told | whole | more
+
+
+def worst_token(key: str, token: int | None, diff: float | None, **more: Any) -> dict[str, Any]:
+    """One of `worst_tokens`."""
+    partition, step, name = key.split("/")
+    place = {
+        "key": key,
+        "id": name,
+        "partition": partition,
+        "step": int(step),
+        "trained_step": int(step),
+        "update": 0,
+        "turn": 1,
+    }
+    sides = {"trainer": -9.0, "rollout": None if diff is None else -9.0 - diff, "diff": diff, "infinite": diff is None}
+    return place | {"token": token, "token_id": 7, "text": " the"} | sides | more

@@ -1,7 +1,7 @@
 // Trends over steps. One path a series, so a thousand steps cost no more elements than ten.
 
 import { h, svg } from "./dom.js";
-import { count, END_WORDS, number, plural } from "./format.js";
+import { count, END_WORDS, isNumber, number, plural, small } from "./format.js";
 
 const HEIGHT = 92;
 const PAD = { left: 34, right: 4, top: 8, bottom: 16 };
@@ -9,10 +9,11 @@ const PAD = { left: 34, right: 4, top: 8, bottom: 16 };
 export class Chart {
   /**
    * `draw(series, plot)` gives SVG elements and the words for the bottom and the top of the scale, `read(entry)` the words for a
-   * step, `onStep(step)` is called for a choice.
+   * step, `onStep(step)` is called for a choice; `keys(entry)`, where colours mean something: what `read` joins, as
+   * `[class, words]`.
    */
-  constructor({ title, draw, read, onStep }) {
-    Object.assign(this, { drawSeries: draw, read, onStep, series: [], hover: null, selected: null });
+  constructor({ title, draw, read, onStep, keys = null }) {
+    Object.assign(this, { drawSeries: draw, read, onStep, keys, series: [], hover: null, selected: null });
     this.readout = h("span", { class: "readout" });
     this.plot = svg("svg", { class: "plot", "aria-hidden": "true" });
     this.el = h(
@@ -89,7 +90,12 @@ export class Chart {
     const chosen = this.series.findIndex((entry) => entry.step === this.selected);
     const at = this.hover ?? (chosen >= 0 ? chosen : null);
     const entry = this.series[at ?? this.series.length - 1];
-    this.readout.textContent = this.readout.title = entry ? `${at === null ? "last: " : `step ${entry.step}: `}${this.read(entry)}` : "nothing here";
+    const when = at === null ? "last: " : `step ${entry?.step}: `;
+    this.readout.textContent = this.readout.title = entry ? `${when}${this.read(entry)}` : "nothing here";
+    if (entry && this.keys) {
+      const keys = this.keys(entry).flatMap(([name, words], i) => [i ? ", " : "", h("i", { class: `bar-key ${name}`, "aria-hidden": "true" }), words]);
+      this.readout.replaceChildren(when, ...keys);
+    }
     const wide = Math.max(2, this.geometry.slot);
     this.cursor.setAttribute("d", at === null ? "" : `M${this.x(at) - wide / 2} ${PAD.top - 4}h${wide}V${HEIGHT - PAD.bottom}h${-wide}z`);
     this.el.setAttribute("aria-valuemin", 0);
@@ -127,6 +133,21 @@ export class Chart {
   destroy() {
     this.observer.disconnect();
   }
+}
+
+/** How far the trainer's log-probabilities are from the rollout's: the mean and, above it, the mean's spread over turns. */
+export function driftChart(onStep) {
+  return new Chart({
+    title: "Mean difference",
+    onStep,
+    draw(series, plot) {
+      const top = Math.max(1e-9, ...series.map((entry) => entry.figures.mean_abs ?? 0));
+      const scale = scaled(0, top);
+      const of = series.map((entry) => (isNumber(entry.figures.mean_abs) ? scale(entry.figures.mean_abs) : null));
+      return { drawn: line(of, plot, "line"), low: "0", high: top.toPrecision(2) };
+    },
+    read: ({ figures }) => (isNumber(figures.mean_abs) ? `mean ${small(figures.mean_abs)}, most ${small(figures.max_abs)}` : "not recorded"),
+  });
 }
 
 const scaled = (least, greatest) => (value) => (greatest > least ? (value - least) / (greatest - least) : 0.5);
@@ -176,6 +197,10 @@ function bars(series, names, value, classes, { x, y, slot }) {
 const ENDS = ["final_answer", "turn_limit", "token_limit", "deadline", "tool_failure", "engine_failure", "parse_failure", "aborted",
   "program error", "incomplete"];
 
+/** Of a step, what ended how often; the class is that of the bar's part. */
+const endKeys = (entry) =>
+  ENDS.flatMap((name, i) => (entry.ends[name] ? [[`bar${i}`, `${END_WORDS[name] ?? name} ${entry.ends[name]}`]] : []));
+
 const short = (x) => (Math.abs(x) >= 1e6 ? `${(x / 1e6).toFixed(1)}M` : Math.abs(x) >= 1e4 ? `${Math.round(x / 1e3)}k` : number(x, 2));
 const percent = (share) => `${Math.round(100 * share)}%`;
 const sum = (values) => values.reduce((total, value) => total + value, 0);
@@ -209,10 +234,8 @@ export function runCharts(onStep) {
       low: "0%",
       high: "100%",
     }),
-    read: (entry) =>
-      ENDS.filter((name) => entry.ends[name])
-        .map((name) => `${END_WORDS[name] ?? name} ${entry.ends[name]}`)
-        .join(", "),
+    keys: endKeys,
+    read: (entry) => endKeys(entry).map(([, words]) => words).join(", "),
   });
   const tools = new Chart({
     title: "Tool failures",

@@ -15,6 +15,12 @@ export function signed(x, digits = 3) {
   return isNumber(x) && x > 0 ? `+${number(x, digits)}` : number(x, digits);
 }
 
+/** Of numbers that span magnitudes: two digits of it. */
+export function small(x) {
+  if (!isNumber(x)) return MISSING;
+  return x === 0 ? "0" : Math.abs(x) >= 0.01 && Math.abs(x) < 1000 ? number(x) : x.toPrecision(2);
+}
+
 export function count(x) {
   return isNumber(x) ? x.toLocaleString("en-US") : MISSING;
 }

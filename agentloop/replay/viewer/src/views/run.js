@@ -7,6 +7,7 @@ import { VirtualList } from "../list.js";
 import { BADGES, series, stats } from "../overview.js";
 import { advantageCell, badges, countCell, endBadge, facts, rewardBars, rewardCell, segmented } from "../parts.js";
 import { parseBound, searchRun } from "../search.js";
+import { ConsistencyPanel } from "./consistency.js";
 
 // Name, class, and what to sort by.
 const COLUMNS = {
@@ -88,13 +89,17 @@ export class RunView {
     });
     this.kinds = segmented(
       "List",
-      [["groups", "Groups"], ["trajectories", "Trajectories"]],
+      [["groups", "Groups"], ["trajectories", "Trajectories"], ["consistency", "Trainer against rollout", "how far their log-probabilities of the same tokens are apart"]],
       this.kind,
       (kind) => {
+        this.shows(kind === "consistency");
+        if (kind === "consistency") return;
         this.kind = kind;
         this.redrawList();
       },
     );
+    this.consistency = new ConsistencyPanel(app);
+    this.consistency.el.hidden = true;
     this.head = h("div", { class: "list-head", role: "row" });
     this.list = new VirtualList({
       label: "Groups",
@@ -121,7 +126,16 @@ export class RunView {
       ),
       h("div", { class: "bar" }, this.kinds, this.tally, h("span", { class: "grow" }), this.arrived),
       this.list.el,
+      this.consistency.el,
     );
+  }
+
+  /** The comparison of trainer and rollout, of the whole run, in the list's place. */
+  shows(consistency) {
+    this.list.el.hidden = consistency;
+    this.consistency.el.hidden = !consistency;
+    if (consistency) this.consistency.show(this.app.overview);
+    else this.list.draw();
   }
 
   _bound(label, name) {
@@ -160,6 +174,7 @@ export class RunView {
         .map(([name, value]) => [visible(name), oneLine(typeof value === "object" ? JSON.stringify(value) : value).slice(0, 120)])),
     );
     this.update();
+    if (!this.consistency.el.hidden) this.consistency.show(overview);
     if (this.searched && this.looked && overview !== this.looked) this.runSearch(true);
     this.looked = overview;
   }
@@ -387,11 +402,12 @@ export class RunView {
   }
 
   focus() {
-    this.list.el.focus({ preventScroll: true });
+    (this.list.el.hidden ? this.consistency.el : this.list.el).focus({ preventScroll: true });
   }
 
   destroy() {
     this.searching?.abort();
+    this.consistency.destroy();
     for (const chart of this.charts) chart.destroy();
     this.list.destroy();
   }

@@ -1,7 +1,7 @@
 // The conversation, and its tokens beside it.
 
 import { h, redrawn, toggle } from "../dom.js";
-import { count, isNumber, MISSING, number, oneLine, plural, seconds, signed, visible } from "../format.js";
+import { count, isNumber, MISSING, number, oneLine, plural, seconds, signed, small, visible } from "../format.js";
 import { advantageCell, badges, endBadge } from "../parts.js";
 import { scheduleOf } from "../schedule.js";
 import { message, turnBody, turnHead } from "./turn.js";
@@ -131,6 +131,7 @@ export class SampleView {
       ["took", seconds(header.total_s)],
       header.score_s ? ["scored in", seconds(header.score_s)] : null,
       ["train side", trainWords(header, sample)],
+      ["train \u2212 rollout", apartWords(apart(sample, 0, sample.n))],
       header.ground_truth !== null && header.ground_truth !== undefined
         ? ["ground truth", oneLine(typeof header.ground_truth === "string" ? header.ground_truth : JSON.stringify(header.ground_truth)).slice(0, 160)]
         : null,
@@ -163,7 +164,7 @@ export class SampleView {
       const body = h("div", { class: "lazy" });
       body.fill = () => {
         if (body.firstChild) return;
-        body.append(turnBody(turn, { reward: rewards[turn.index], fork: this._fork(turn) }));
+        body.append(turnBody(turn, { reward: rewards[turn.index], fork: this._fork(turn), drift: this._drift(turn) }));
         body.style.minHeight = "";
       };
       body.empty = () => {
@@ -201,6 +202,18 @@ export class SampleView {
     if (scrolled) this.scroller.scrollTop = 0;
     for (const card of turns.slice(0, 2)) card.body.fill();
     this._markTurn();
+  }
+
+  /** What trainer and rollout differ by in a turn, and the way there; null where the trainer's part is not there. */
+  _drift(turn) {
+    const { sample } = this;
+    if (!sample.columns.train_logprob) return null;
+    const found = apart(sample, turn.start, turn.end);
+    const open = () => {
+      this.app.setMode("difference");
+      this.app.go({ view: this.app.wide ? this.app.state.view : "tokens", key: this.row.key, turn: turn.index, token: found.at });
+    };
+    return { words: apartWords(found), open: found.n ? open : null };
   }
 
   _fork(turn) {
@@ -377,6 +390,23 @@ export class SampleView {
     this.tokens.destroy();
   }
 }
+
+/** Of the trained tokens from `start` to `end` that have both sides: how many, the mean size of their differences, the furthest. */
+function apart(sample, start, end) {
+  const found = { n: 0, mean: 0, at: -1, most: 0 };
+  const { difference } = sample;
+  for (let i = start; i < end; i++) {
+    const value = difference[i];
+    if (Number.isNaN(value)) continue;
+    found.n += 1;
+    found.mean += Math.abs(value);
+    if (found.at < 0 || Math.abs(value) > Math.abs(found.most)) [found.at, found.most] = [i, value];
+  }
+  found.mean /= Math.max(1, found.n);
+  return found;
+}
+
+const apartWords = ({ n, mean, most, at }) => (n ? `mean ${small(mean)}, most ${signed(most)} at token ${count(at)}` : MISSING);
 
 function trainWords(header, sample) {
   const { train } = header;

@@ -97,7 +97,7 @@ function versionWords(turn) {
 }
 
 /** What unfolds below the head. */
-export function turnBody(turn, { reward, fork }) {
+export function turnBody(turn, { reward, fork, drift }) {
   const text = turn.text === null || turn.text === undefined
     ? h("div", { class: "missing" }, `text ${MISSING}: see the tokens`)
     : textBlock(turn.text, { kind: "sampled-text", label: "turn" });
@@ -118,8 +118,14 @@ export function turnBody(turn, { reward, fork }) {
       h("div", { class: "problem", "data-field": "parse-error" }, h("b", null, "Malformed tool call: "), visible(error)),
     ),
     (turn.calls ?? []).map((call, place) => callCard(call, place, fork)),
-    h("div", { class: "meta" }, about.map(([name, value]) => h("span", null, h("i", null, name), " ", value)), fork ? forkButton(turn, fork) : null),
+    h("div", { class: "meta" }, about.map(([name, value]) => h("span", null, h("i", null, name), " ", value)), drift ? driftWords(drift) : null, fork ? forkButton(turn, fork) : null),
   );
+}
+
+/** How far trainer and rollout are apart in the turn; brings the token where they are furthest. */
+function driftWords({ words, open }) {
+  const value = open ? h("button", { class: "link", onclick: open }, words) : h("span", { class: "missing" }, words);
+  return h("span", { "data-field": "drift" }, h("i", null, "train \u2212 rollout"), " ", value);
 }
 
 function callCard(call, place, fork) {
