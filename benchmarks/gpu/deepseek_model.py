@@ -21,7 +21,8 @@ STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the sizes; the rest is DeepSeek-V3's, with a sixteenth of its heads and the quickstart's words."""
+    """What differs between the sizes. The rest is DeepSeek-V3's own, with an eighth of its heads, a third of its queries' latent
+    and the quickstart's vocabulary."""
 
     layers: int
     experts: int
@@ -29,9 +30,7 @@ class Shape:
     """Of an expert."""
     hidden: int = 2048
     chosen: int = 8
-    groups: int = 2
-    """Of experts, one of which a token's experts are chosen from. With DeepSeek-V3's own 4 of 8 SGLang 0.5.12 takes
-    flashinfer's kernel, which wants a CUDA compiler; these sizes stay with the one that SGLang brings."""
+    groups: int = 8
     heads: int = 16
 
     def config(self, dtype: str) -> Any:
@@ -56,7 +55,7 @@ class Shape:
             n_shared_experts=1,
             num_experts_per_tok=self.chosen,
             n_group=self.groups,
-            topk_group=1,
+            topk_group=self.groups // 2,
             first_k_dense_replace=1,
             max_position_embeddings=1024,
             tie_word_embeddings=False,
@@ -69,10 +68,10 @@ class Shape:
 SHAPES = {
     "1": Shape(layers=4, experts=64, width=384),
     "8": Shape(layers=8, experts=64, width=1408),
-    "30": Shape(layers=10, experts=128, width=2048, groups=4),
+    "30": Shape(layers=10, experts=128, width=2048),
 }
 """By about how many 10⁹ bytes their weights have in bfloat16: few layers, so that the engine starts soon."""
-TINY = Shape(layers=3, experts=8, width=32, hidden=64, chosen=2, heads=2)
+TINY = Shape(layers=3, experts=8, width=32, hidden=64, chosen=2, groups=4, heads=2)
 """For a CPU, to see that all of it runs."""
 
 

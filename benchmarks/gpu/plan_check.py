@@ -36,9 +36,8 @@ DEEPSEEK: dict[str, Any] = {
     "n_shared_experts": 1,
     "n_routed_experts": 64,
     "num_experts_per_tok": 6,
-    # With more than one group chosen SGLang 0.5.12 takes flashinfer's kernel, which wants a CUDA compiler.
-    "n_group": 2,
-    "topk_group": 1,
+    "n_group": 8,
+    "topk_group": 4,
     "first_k_dense_replace": 1,
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
