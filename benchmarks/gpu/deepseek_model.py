@@ -21,8 +21,8 @@ STACKED = (".experts.gate_up_proj", ".experts.down_proj")
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the sizes. The rest is DeepSeek-V3's own, with an eighth of its heads, a third of its queries' latent
-    and the quickstart's vocabulary."""
+    """What differs between the sizes. The rest is DeepSeek-V3's own, with an eighth of its heads, a third of its queries'
+    latent and the quickstart's vocabulary."""
 
     layers: int
     experts: int

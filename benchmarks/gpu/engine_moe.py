@@ -21,7 +21,7 @@ import numpy as np
 from agentloop.engines import sglang_protocol as protocol
 from agentloop.engines.base import Sampling
 from benchmarks.gpu.engine_conformance import apart, prompt
-from benchmarks.gpu.engine_support import MODEL, SETTINGS, or_exit, summary
+from benchmarks.gpu.engine_support import MODEL, SETTINGS, command, or_exit, summary
 from benchmarks.report import report
 
 REQUESTS, NEW_TOKENS = 64, 64
@@ -132,7 +132,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_model(kind, Path(folder))
         figures = asyncio.run(measure(kind, Path(folder)))
-    report(f"gpu_engine_moe_{kind}", figures, [])
+    report(f"gpu_engine_moe_{kind}", {"command": command("engine_moe"), **figures}, [])
     return 0
 
 
