@@ -12,13 +12,17 @@ from typing import Any
 from agentloop.engines.base import Engine
 from agentloop.engines.sglang_server import SGLangServerEngine
 from agentloop.errors import ConfigError
-from agentloop.weights import DiskPlan, DistributedPlan, MegatronSGLangShardingManager, SendPlan
+from agentloop.weights import DiskPlan, DistributedPlan, MegatronSGLangShardingManager, SendPlan, ShardSource
 from tests.weights.sync_support import SMALL_BUCKET, FailingSource, Trainer, engine_of
 
 
 class Killing(FailingSource):
+    def __init__(self, source: ShardSource, at: int) -> None:
+        super().__init__(source, -1, ConfigError(""))
+        self._kill_at = at
+
     def read(self, item: Any) -> Any:
-        if len(self.reads) == self._at:
+        if len(self.reads) == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(item)
 
@@ -38,7 +42,7 @@ async def main(way: str, reads: int, *places: str) -> None:
     await manager.sync()
     print(manager.version, flush=True)
     trainer.step()
-    await manager.sync(source=lambda: Killing(trainer.source(), reads, ConfigError("")))
+    await manager.sync(source=lambda: Killing(trainer.source(), reads))
 
 
 if __name__ == "__main__":
