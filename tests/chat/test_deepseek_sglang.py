@@ -85,3 +85,116 @@ def test_the_same_encoding_as_sglang(thinking: bool, tools: bool) -> None:
             name, head = head.split("\n\n", 1)
             ours = f"{name}\n\n" + head.replace("\n\n", "\n") + "</functions>" + rest
         assert ours == encoding.encode_messages(talk, thinking_mode="thinking" if thinking else "chat")
+
+
+# -- where the two differ, as docs/renderers.md lists it ----------------------------------------------------------------------
+
+INVOKE, INVOKED = '<｜DSML｜invoke name="add">\n', "\n</｜DSML｜invoke>"
+
+
+def parameter(value: str, flag: str, name: str = "a") -> str:
+    return f'<｜DSML｜parameter name="{name}" string="{flag}">{value}</｜DSML｜parameter>'
+
+
+def v32(*lines: str) -> str:
+    return around("deepseek_v32", INVOKE + "\n".join(lines) + INVOKED)
+
+
+Calls = list[tuple[str, Any]]
+DIFFERENCES: dict[str, tuple[str, str, Calls, str | None, Calls]] = {
+    # what: version, what is said, our calls, our error, SGLang's calls
+    "a tool that was not offered": (
+        "deepseek_v31",
+        around("deepseek_v31", call("deepseek_v31", "other"), call("deepseek_v31")),
+        [("other", {}), ("add", {})],
+        None,
+        [("add", {})],
+    ),
+    "one call of two is malformed": (
+        "deepseek_v31",
+        around("deepseek_v31", call("deepseek_v31"), call("deepseek_v31").replace("{}", "{")),
+        [("add", {})],
+        "its JSON is malformed",
+        [],
+    ),
+    "NaN": (
+        "deepseek_v31",
+        around("deepseek_v31", call("deepseek_v31").replace("{}", '{"a": Infinity}')),
+        [],
+        "Infinity is not JSON",
+        [("add", {"a": float("inf")})],
+    ),
+    "arguments that are a list": (
+        "deepseek_v3",
+        around("deepseek_v3", call("deepseek_v3").replace("{}", "[1]")),
+        [],
+        'its "arguments" are a list',
+        [("add", [1])],
+    ),
+    "another type than function": (
+        "deepseek_v3",
+        around("deepseek_v3", call("deepseek_v3").replace("function", "tool")),
+        [],
+        "its type is 'tool'",
+        [("add", {})],
+    ),
+    "calls in reasoning": (
+        "deepseek_v31",
+        f"<think>{around('deepseek_v31', call('deepseek_v31'))}</think>done",
+        [],
+        None,
+        [("add", {})],
+    ),
+    "a section that is not closed": (
+        "deepseek_v32",
+        v32(parameter("1", "false")).removesuffix("</｜DSML｜function_calls>"),
+        [("add", {"a": 1})],
+        "is missing",
+        [],
+    ),
+    "whitespace around text": (
+        "deepseek_v32",
+        v32(parameter(" x ", "true")),
+        [("add", {"a": " x "})],
+        None,
+        [("add", {"a": "x"})],
+    ),
+    "no JSON where it should be": (
+        "deepseek_v32",
+        v32(parameter("x", "false")),
+        [],
+        "malformed",
+        [("add", {"a": "x"})],
+    ),
+    "a parameter that is given twice": (
+        "deepseek_v32",
+        v32(parameter("1", "false"), parameter("2", "false")),
+        [],
+        "stands twice",
+        [("add", {"a": 2})],
+    ),
+    "a parameter that is written wrongly": (
+        "deepseek_v32",
+        v32('<｜DSML｜parameter name="a">1</｜DSML｜parameter>', parameter("2", "false", "b")),
+        [],
+        "is not written as",
+        [("add", {"b": 2})],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_where_this_parser_and_sglangs_differ(what: str) -> None:
+    """An upgrade of SGLang that changes one of these should change the docs."""
+    version, said, ours, error, others = DIFFERENCES[what]
+    parsed = load_parser(version, renderer_of(version)).parse(ids_of(version, said + EOS))
+    assert [(c.name, c.arguments) for c in parsed.calls] == ours
+    assert (parsed.errors == []) if error is None else (len(parsed.errors) == 1 and error in parsed.errors[0])
+    assert theirs(version, said)[1] == others
+
+
+@every
+def test_markers_that_are_spelled_are_calls_for_sglang_alone(version: str) -> None:
+    renderer, said = renderer_of(version), around(version, call(version))
+    assert load_parser(version, renderer).parse(renderer.encode_text(said)).calls == []
+    assert theirs(version, said)[1] == [("add", {})]
