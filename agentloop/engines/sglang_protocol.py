@@ -250,8 +250,8 @@ def _values(entries: Sequence[Sequence[Any]], ids: Sequence[int]) -> list[float]
 
 
 NO_CHECKSUMS = (
-    "SGLang 0.5.12 tells no checksums of weights under their published names: its own are of fused and cut tensors, of the first "
-    "rank of tensor parallelism"
+    "SGLang 0.5.12 tells no checksums of weights under their published names: its own are of fused and cut tensors, of the "
+    "first rank of tensor parallelism"
 )
 """`get_weights_by_name` knows the models of llama, granite, opt and exaone4 only, and gives their first rows
 (`models/llama.py`, «only used for unit test»)."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from agentloop.engines.base import Engine, Generation, Sampling, Weights
+from agentloop.errors import EngineError
 from agentloop.iterate import each
 
 if TYPE_CHECKING:
@@ -38,10 +39,18 @@ class FaultyEngine(Engine):
     """An engine of which each update of weights suffers `fault`; with `None` all is well. Keeps the last update as it was sent,
     so it needs the model's size of memory once more."""
 
-    def __init__(self, engine: Engine, fault: Fault | None = None) -> None:
-        """`engine` stays its owner's: `close` leaves it open."""
+    def __init__(
+        self,
+        engine: Engine,
+        fault: Fault | None = None,
+        *,
+        tells: Literal["checksums", "fingerprints", "nothing"] = "checksums",
+    ) -> None:
+        """`engine` stays its owner's: `close` leaves it open. `tells`: what it says of its weights, at most; SGLang only has
+        fingerprints."""
         self.engine = engine
         self.fault = fault
+        self._tells = tells
         self._last: Tensors = {}
 
     @property
@@ -61,7 +70,14 @@ class FaultyEngine(Engine):
         await self.engine.update_weights(arrives.items(), version)
 
     async def weight_checksums(self, names: Sequence[str] | None = None) -> dict[str, int]:
+        if self._tells != "checksums":
+            raise EngineError("this engine tells no checksums")
         return await self.engine.weight_checksums(names)
+
+    async def weight_fingerprints(self) -> dict[str, str]:
+        if self._tells == "nothing":
+            raise EngineError("this engine tells no fingerprints")
+        return await self.engine.weight_fingerprints()
 
 
 def faults(tensors: Tensors) -> list[Fault]:

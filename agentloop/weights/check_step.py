@@ -16,12 +16,16 @@ SIGMAS = 6.0
 LEAST = 0.05
 
 
+FEWEST = 4
+"""Sequences; of fewer nothing is said."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities of the same tokens by trainer and engine, one list over all sequences."""
+    """Log-probabilities of the same sequences by trainer and engine."""
 
-    expected: Sequence[float]
-    got: Sequence[float]
+    expected: Sequence[Sequence[float]]
+    got: Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +42,63 @@ class MissingStep:
         return abs(self.share) > self.limit
 
 
-def missing_step(before: Scores, now: Scores) -> MissingStep | None:
-    """`before`: of a check that found nothing. `None` where the step moved no score, or something is no number.
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Of one sequence's tokens, or of many's."""
 
-    Ordinary least squares through the origin, with standard errors that allow for unequal variances (White 1980). The
-    trainer's own rounding is on both sides of the regression and pulls the slope towards 1; by at most the variance of the
-    differences of `before` over that of the step, which the limit adds.
+    step_step: float = 0.0
+    step_off: float = 0.0
+    noise: float = 0.0
+    weights: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Of step² off², step³ off and step⁴: the standard error's."""
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.step_step + other.step_step,
+            self.step_off + other.step_off,
+            self.noise + other.noise,
+            (
+                self.weights[0] + other.weights[0],
+                self.weights[1] + other.weights[1],
+                self.weights[2] + other.weights[2],
+            ),
+        )
+
+    def estimate(self) -> MissingStep:
+        share = self.step_off / self.step_step
+        square = self.weights[0] - 2 * share * self.weights[1] + share * share * self.weights[2]
+        error = math.sqrt(max(square, 0.0)) / self.step_step
+        return MissingStep(share, SIGMAS * error + LEAST + self.noise / self.step_step)
+
+
+def missing_step(before: Scores, now: Scores) -> MissingStep | None:
+    """`before`: of a check that found nothing. `None` where there are fewer than `FEWEST` sequences, the step moved no score,
+    or something is no number.
+
+    Ordinary least squares through the origin, with standard errors that allow for unequal variances (White 1980). One token
+    that a mixture routes otherwise can carry such an estimate away, so it is made with each sequence left out in turn, and the
+    one that gives least alarm is answered. The trainer's own rounding is on both sides of the regression and pulls the slope
+    towards 1; by at most the variance of the differences of `before` over that of the step, which the limit adds.
     """
-    step = [old - new for old, new in zip(before.expected, now.expected, strict=True)]
-    off = [there - here for there, here in zip(now.got, now.expected, strict=True)]
-    noise = sum((there - here) ** 2 for there, here in zip(before.got, before.expected, strict=True))
-    size = sum(value * value for value in step)
-    if not (size > 0 and math.isfinite(size) and math.isfinite(noise) and all(map(math.isfinite, off))):
+    parts = [_sums(*rows) for rows in zip(before.expected, before.got, now.expected, now.got, strict=True)]
+    if len(parts) < FEWEST or not all(math.isfinite(part.step_step + part.noise + sum(part.weights)) for part in parts):
         return None
-    share = sum(x * y for x, y in zip(step, off, strict=True)) / size
-    error = math.sqrt(sum((x * (y - share * x)) ** 2 for x, y in zip(step, off, strict=True))) / size
-    return MissingStep(share, SIGMAS * error + LEAST + noise / size)
+    others = [sum((part for part in parts if part is not left_out), _Sums()) for left_out in parts]
+    if any(other.step_step <= 0 for other in others):
+        return None
+    return min((other.estimate() for other in others), key=lambda found: abs(found.share) / found.limit)
+
+
+def _sums(
+    expected_before: Sequence[float], got_before: Sequence[float], expected: Sequence[float], got: Sequence[float]
+) -> _Sums:
+    step = [old - new for old, new in zip(expected_before, expected, strict=True)]
+    off = [there - here for there, here in zip(got, expected, strict=True)]
+    noise = [there - here for there, here in zip(got_before, expected_before, strict=True)]
+    pairs = list(zip(step, off, strict=True))
+    return _Sums(
+        sum(x * x for x in step),
+        sum(x * y for x, y in pairs),
+        sum(y * y for y in noise),
+        (sum((x * y) ** 2 for x, y in pairs), sum(x**3 * y for x, y in pairs), sum(x**4 for x in step)),
+    )
