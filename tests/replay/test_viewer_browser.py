@@ -73,6 +73,17 @@ def tooltips(page: Any, tokens: list[int]) -> list[dict[str, str]]:
     return list(page.evaluate(script, tokens))
 
 
+def cursor_in_sight(page: Any) -> bool:
+    """Whether the token that the cursor is on lies within its pane."""
+    return bool(
+        page.evaluate("""() => {
+          const pane = document.querySelector("#agentloop-replay").shadowRoot.querySelector(".tokens");
+          const [box, around] = [pane.querySelector(".tok.cursor")?.getBoundingClientRect(), pane.getBoundingClientRect()];
+          return Boolean(box) && box.top >= around.top && box.bottom <= around.bottom + 1;
+        }""")
+    )
+
+
 def shown_keys(page: Any) -> set[str]:
     return set(page.locator(".row[data-key]").evaluate_all("(rows) => rows.map((row) => row.dataset.key)"))
 
@@ -235,6 +246,8 @@ def test_trainer_against_rollout_leads_to_the_tokens_that_are_furthest_apart(pag
     second.locator("button").click()
     ready(page, "tokens", "train/1/0_2")
     page.wait_for_selector(f'.tokens-pane[data-token="{at}"][data-mode="difference"]')
+    page.wait_for_timeout(100)
+    assert cursor_in_sight(page)
     page.keyboard.press("r")
     ready(page, "run")
     assert panel.is_visible(), "where the reader was"
@@ -521,7 +534,23 @@ def test_records_without_text_or_tokens(page: Any, site: Site) -> None:
 def test_deep_links(page: Any, site: Site) -> None:
     open_sample(page, site, "train/2/1_3", "tokens", token=133)
     assert page.locator(".tokens-pane").get_attribute("data-token") == "133"
-    assert page.locator(".tok.cursor").is_visible()
+    page.wait_for_timeout(100)  # what is above the tokens is drawn, and takes its room
+    assert cursor_in_sight(page)
+    last = RUN["train/2/1_3"].header["n"] - 1
+    page.evaluate("() => (location.hash = '')")
+    ready(page, "run")
+    goto(page, view="tokens", key="train/2/1_3", token=last)
+    page.wait_for_timeout(100)
+    assert cursor_in_sight(page), "the last one too"
+    open_sample(page, site, "train/2/1_3", "tokens", token=last)
+    page.reload()
+    ready(page, "tokens", "train/2/1_3")
+    page.wait_for_timeout(100)
+    assert cursor_in_sight(page)
+    page.set_viewport_size({"width": 1280, "height": 500})
+    page.wait_for_timeout(100)
+    assert cursor_in_sight(page)
+    open_sample(page, site, "train/2/1_3", "tokens", token=133)
     page.keyboard.press("ArrowRight")
     page.wait_for_function("() => location.hash.includes('token=134')")
     page.reload()

@@ -79,8 +79,14 @@ export class ConsistencyPanel {
         ]),
         report.not_recomputed ? h("div", { class: "dim" }, `${plural(report.not_recomputed, "trajectory", "trajectories")} not compared: the trainer took the rollout's log-probabilities as its own.`) : "",
         ...(report.findings ?? []).map((sentence) => h("div", { class: "problem" }, visible(sentence))),
-        h("div", { class: "parts" }, h("div", { class: "chart-box" }, this.chart.el), table("By turn", "turn", chosen ? chosen.turns : report.by.turn), chosen ? "" : table("By position in the response", "token", report.by.position), chosen ? "" : table("By position in the turn", "token", report.by.in_turn)),
-        this.worst(chosen),
+        h(
+          "div",
+          { class: "parts" },
+          h("div", { class: "chart-box" }, this.chart.el),
+          this.worst(chosen),
+          table("By turn", "turn", chosen ? chosen.turns : report.by.turn),
+          ...(chosen ? [] : [table("By position in the response", "token", report.by.position), table("By position in the turn", "token", report.by.in_turn)]),
+        ),
       ),
     );
     if (onChart) this.chart.el.focus({ preventScroll: true }); // it is the same one, and was taken out and put back
@@ -97,7 +103,7 @@ export class ConsistencyPanel {
         "table",
         { class: "worst" },
         h("caption", null, "Tokens that are furthest apart"),
-        head(["token", "train \u2212 rollout", "trainer", "rollout", "trajectory", "turn", "at"]),
+        head(["token", "difference", "trainer", "rollout", "trajectory", "turn", "at"]),
         h("tbody", null, tokens.map((token) => this.worstRow(token))),
       ),
     );

@@ -229,6 +229,8 @@ export class TokensPane {
       this.layout();
       this._clear();
       this.scrollTo(this.rowOf(inSight ? this.cursor : top) * ROW - (inSight ? this.height / 3 : 0));
+    } else if (inSight && !this.isInSight(this.cursor)) {
+      this.scrollTo((this.rowOf(this.cursor) + 1) * ROW - this.height);
     }
     this._draw();
   }
