@@ -185,8 +185,8 @@ def consistency(
     if given and isinstance(given[0], TrainerRow):
         if step is None:
             raise TypeError("consistency() of a batch needs the trainer's step")
-        return _report(tokens_of_rows(given, step=step, update=update, recomputed=recomputed), clip, worst)
-    return _report(tokens_of_trajectories(given), clip, worst)
+        return report_of(tokens_of_rows(given, step=step, update=update, recomputed=recomputed), clip, worst)
+    return report_of(tokens_of_trajectories(given), clip, worst)
 
 
 def _of_run(run: Run, step: int | None, clip: tuple[float, float], worst: int) -> Consistency:
@@ -205,16 +205,17 @@ def _of_run(run: Run, step: int | None, clip: tuple[float, float], worst: int) -
             chosen.append(side)
     trained = (trajectory for side in chosen for trajectory in side if step in (None, trajectory.trained_step))
     tokens = tokens_of_trajectories(trained, keep=False)
-    return _report(tokens, clip, worst, run, (expected, arrived, missing))
+    return report_of(tokens, clip, worst, run, (expected, arrived, missing))
 
 
-def _report(
+def report_of(
     tokens: Tokens,
-    clip: tuple[float, float],
-    worst: int,
+    clip: tuple[float, float] = CLIP,
+    worst: int = WORST,
     run: Run | None = None,
     coverage: tuple[int | None, int | None, dict[str, int]] = (None, None, {}),
 ) -> Consistency:
+    """Of a table. `run`: where the texts of the worst tokens are to be found; `coverage`: expected, arrived, missing."""
     drift = Drift(tokens["trainer"], tokens["rollout"], clip)
     updates = sorted({(place.trained_step, place.update) for place in tokens.places})
     numbers = {update: number for number, update in enumerate(updates)}

@@ -125,10 +125,8 @@ def _add_trained(builder: _Builder, trained: TrainedTrajectory, keep: bool) -> N
     recorded, row = trained.recorded, trained.recorded.row
     sampled, first = trained.sampled, recorded.prompt_len
     at = np.flatnonzero(sampled)
-    columns = recorded.columns
-    assert columns is not None
-    turn = columns.turn[first:][at]
-    starts, origins = _turns_of(trained)
+    indexes, starts, origins = _turns_of(trained)
+    turn = np.searchsorted(starts, at, side="right") - 1
     versions = trained.weight_version[at]
     staleness = trained.trained_step - 1 - versions
     staleness[versions == MIXED_VERSION] = MIXED_STALENESS
@@ -156,30 +154,31 @@ def _add_trained(builder: _Builder, trained: TrainedTrajectory, keep: bool) -> N
         at,
         trainer=trained.old_log_probs[at],
         rollout=trained.rollout_log_probs[at],
-        turn=turn,
+        turn=indexes[turn],
         in_turn=at - starts[turn],
         origin=origins[turn],
         staleness=staleness,
     )
 
 
-def _turns_of(trained: TrainedTrajectory) -> tuple[Any, Any]:
-    """By turn index: where it begins in the response, and its origin as a place in `ORIGINS`."""
+def _turns_of(trained: TrainedTrajectory) -> tuple[Any, Any, Any]:
+    """Of the turns that have tokens, in order: their indexes, where they begin in the response, and their origins as places in
+    `ORIGINS`."""
     recorded = trained.recorded
-    count = 1 + max((turn.index for turn in recorded.turns), default=0)
-    starts: Any = np.zeros(count, np.int64)
-    for turn in recorded.turns:
-        starts[turn.index] = turn.start - recorded.prompt_len
-    origins: Any = np.zeros(count, np.uint8)
+    at = 0
     read: set[Origin] = set()
-    for origin, _, turn_index in recorded.segments:
-        if origin is not Origin.SAMPLED:
+    origin_at: dict[int, int] = {}
+    for origin, n, _ in recorded.segments:
+        if origin is Origin.SAMPLED:
+            name = "observation" if Origin.OBSERVATION in read else "prompt" if Origin.PROMPT in read else "template"
+            origin_at[at], read = ORIGINS.index(f"after_{name}"), set()
+        else:
             read.add(origin)
-            continue
-        name = "observation" if Origin.OBSERVATION in read else "prompt" if Origin.PROMPT in read else "template"
-        origins[turn_index] = ORIGINS.index(f"after_{name}")
-        read = set()
-    return starts, origins
+        at += n
+    turns = [turn for turn in recorded.turns if turn.end > turn.start]
+    indexes = np.array([turn.index for turn in turns], np.int64)
+    starts = np.array([turn.start - recorded.prompt_len for turn in turns], np.int64)
+    return indexes, starts, np.array([origin_at.get(turn.start, ORIGINS.index("after_template")) for turn in turns], np.uint8)
 
 
 def _describer(recorded: Any) -> Callable[[int], tuple[int, str | None]]:
