@@ -44,8 +44,14 @@ class CheckReport(Protocol):
 class Check(Protocol):
     """What looks at an engine after an update; `agentloop.weights.check.Canary` is one."""
 
-    async def check(self, engine: Engine, version: int, sent: Mapping[str, int] | None) -> CheckReport:
-        """`sent`: the checksum of every tensor that was exported; `None` where the manager takes none."""
+    async def expected(self) -> Any:
+        """The trainer's side, asked for once a sync on every rank of the trainer, before anything is sent. What it raises or
+        answers on ranks without engines is passed over."""
+        ...
+
+    async def check(self, engine: Engine, version: int, sent: Mapping[str, int] | None, *, expected: Any) -> CheckReport:
+        """`sent`: the checksum of every tensor that was exported; `None` where the manager takes none. `expected`: what
+        `expected` answered."""
         ...
 
 
@@ -104,7 +110,8 @@ class MegatronSGLangShardingManager:
         """`source` is called once a sync, in a thread: for example `lambda: GatheredSource(shards(), layout, shape)`.
 
         `every`: training steps from one sync to the next. `bucket_bytes`, `dtype`, `fp8`: as for `export`; the dtype should be
-        the engines', or their checksums cannot be those of what was sent. `check` looks at every engine after an update.
+        the engines', or their checksums cannot be those of what was sent. `check` looks at every engine after an update; it
+        goes to all ranks where the trainer's side is a collective.
         `checksums`: take those of what is sent (default: if there is a check; about a second a GB, while sending goes on).
         `sleep`: what is freed between rollouts; with `weights` among it every entering syncs, since what an engine freed is
         not there any more. `serves=False`: the engines were started with weights that mean nothing (SGLang's
@@ -175,7 +182,7 @@ class MegatronSGLangShardingManager:
         Raises `SyncFailed`, or `WeightsRefused` where everything landed and the check did not pass.
         """
         async with self._one:
-            stream = Stream(source or self._source, **self._options)
+            stream = Stream(source or self._source, **self._options, collective=self._group is not None)
             self._synced_step = None
             try:
                 if not self.engines:
@@ -199,6 +206,7 @@ class MegatronSGLangShardingManager:
             guard.holds = Holds.OLD if guard.refusal is None else guard.holds
         try:
             async with asyncio.timeout(self._timeout_s):
+                expected = None if self._check is None else await self._check.expected()
                 await self._each(self._quieten)
                 await self._wake("weights")
                 sending = perf_counter()
@@ -206,7 +214,7 @@ class MegatronSGLangShardingManager:
                 sent_s = perf_counter() - sending
                 await self._wake("kv_cache")
                 self._refuse_half(target)
-                checks = await self._checked(target, stream)
+                checks = await self._checked(target, stream, expected)
         except BaseException as error:
             raise await to_the_end(self._fail(error, stream, target, before)) from error
         await to_the_end(self._land(stream, target))
@@ -234,6 +242,9 @@ class MegatronSGLangShardingManager:
 
     async def _follow(self, stream: Stream) -> None:
         failed: BaseException | None = None
+        if self._check is not None:
+            with contextlib.suppress(AgentloopError):
+                await self._check.expected()
         try:
             async for _ in stream:
                 pass
@@ -282,12 +293,13 @@ class MegatronSGLangShardingManager:
             if guard.holds is not Holds.NEW or (has is not None and has != target):
                 raise EngineError(f"engine '{guard.name}' has weights of version {has}, not {target}, after the update")
 
-    async def _checked(self, target: int, stream: Stream) -> dict[str, CheckReport]:
+    async def _checked(self, target: int, stream: Stream, expected: Any) -> dict[str, CheckReport]:
         if self._check is None:
             return {}
         reports: dict[str, CheckReport] = {}
         for guard in self.engines.values():
-            report = await self._check.check(guard.engine, target, stream.sent if self._options["checksums"] else None)
+            sent = stream.sent if self._options["checksums"] else None
+            report = await self._check.check(guard.engine, target, sent, expected=expected)
             reports[guard.name] = report
             if not report.ok:
                 raise WeightsRefused(f"engine '{guard.name}', version {target}: {report.message}")

@@ -73,6 +73,9 @@ class GuardedEngine(Engine):
     async def weight_checksums(self, names: Sequence[str] | None = None) -> dict[str, int]:
         return await self.engine.weight_checksums(names)
 
+    async def weight_fingerprints(self) -> dict[str, str]:
+        return await self.engine.weight_fingerprints()
+
     async def update_weights(self, weights: Weights, version: int) -> None:
         raise EngineError("the weights of this engine are its sharding manager's to change: call its sync()")
 

@@ -4,6 +4,7 @@ happens."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -40,7 +41,10 @@ class Stream:
         dtype: torch.dtype | None = None,
         fp8: bool = False,
         checksums: bool = True,
+        collective: bool = False,
     ) -> None:
+        """`collective`: other ranks walk the same export, so it is walked here too if something fails before its first
+        bucket is asked for."""
         self.sent: dict[str, int] = {}
         """Checksum of every tensor that was handed on, by its Hugging Face name."""
         self.buckets = self.tensors = self.nbytes = 0
@@ -49,6 +53,7 @@ class Stream:
         self._make = make
         self._options: dict[str, Any] = {"bucket_bytes": bucket_bytes, "dtype": dtype, "fp8": fp8}
         self._checksums = checksums
+        self._collective = collective
         self._source: _Walked | None = None
         self._export: Iterator[Bucket] | None = None
         self._thread = ThreadPoolExecutor(1, "agentloop-weights", initializer=_on_the_same_gpu())
@@ -96,8 +101,12 @@ class Stream:
         if self._ahead is not None:
             await asyncio.wait({self._ahead})
             self._ahead.exception()
+        elif self._collective and self._export is None and not self._ended:
+            with contextlib.suppress(AgentloopError, RuntimeError, OSError):
+                self._source = await self._in_thread(lambda: _Walked(self._make()))
         if self._source is not None and not self._ended:
             await self._in_thread(self._source.walk_on)
+        self._ended = True
         self._thread.shutdown(wait=False)
         self._export = self._source = self._ahead = None
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import distributed as dist
 
-from agentloop.errors import ConfigError
+from agentloop.errors import ConfigError, EngineError
 from agentloop.weights import GatheredSource, Item, MegatronSGLangShardingManager, Source, SyncFailed, TensorsPlan
-from tests.weights.sync_support import LAYOUT, SMALL_BUCKET, Breaking, Trainer, answers, engine_of, served
+from tests.weights.sync_support import LAYOUT, SMALL_BUCKET, Breaking, Report, Trainer, answers, engine_of, served
 
 
 class Dying:
@@ -34,6 +34,23 @@ class Dying:
         return tensor
 
 
+class Asking:
+    """A check for which the trainer's ranks add something up, and which the first one fails at when it is told to."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.fails = rank, False
+
+    async def expected(self) -> int:
+        box: list[Any] = [None, None]
+        dist.all_gather_object(box, self.rank)
+        if self.fails and self.rank == 0:
+            raise EngineError("the trainer cannot score")
+        return sum(box)
+
+    async def check(self, engine: Any, version: int, sent: Any, *, expected: int) -> Report:
+        return Report(expected == 1, f"it is {expected}")
+
+
 async def main(rank: int, store: str, dies: int) -> None:
     dist.init_process_group("gloo", f"file://{store}", world_size=2, rank=rank, timeout=timedelta(seconds=30))
     trainer = Trainer()
@@ -44,7 +61,12 @@ async def main(rank: int, store: str, dies: int) -> None:
         return Dying(GatheredSource(shards, LAYOUT, trainer.shape), **dying)
 
     manager = MegatronSGLangShardingManager(
-        [engine] if rank == 0 else [], source, TensorsPlan(), bucket_bytes=SMALL_BUCKET, group=dist.group.WORLD
+        [engine] if rank == 0 else [],
+        source,
+        TensorsPlan(),
+        bucket_bytes=SMALL_BUCKET,
+        group=dist.group.WORLD,
+        check=(check := Asking(rank)),
     )
 
     async def sync(what: str, **dying: int) -> None:
@@ -64,6 +86,9 @@ async def main(rank: int, store: str, dies: int) -> None:
     engine.after = 10
     await sync("engine")
     engine.after = 10**6
+    check.fails = True
+    await sync("unscored")
+    check.fails = False
     await sync("second")
     if dies >= 0:
         await sync("killed", kill_at=40 if rank == dies else -1)

@@ -117,7 +117,10 @@ class ExactCheck:
         self.refuse = 0
         self.checked: list[int] = []
 
-    async def check(self, engine: Engine, version: int, sent: Mapping[str, int] | None) -> Report:
+    async def expected(self) -> None:
+        """Nothing is asked of the trainer."""
+
+    async def check(self, engine: Engine, version: int, sent: Mapping[str, int] | None, *, expected: None) -> Report:
         assert isinstance(engine, LocalEngine)
         assert sent
         self.checked.append(version)

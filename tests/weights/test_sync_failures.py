@@ -221,14 +221,15 @@ def test_all_ranks_of_a_trainer_learn_how_a_sync_went(tmp_path: Path) -> None:
     unreadable = "the sync to version 2 failed: a tensor cannot be converted; version 1 goes on serving"
     engine = "engine '0' did not take the weights: a process of the engine died"
     broken = f"the sync to version 2 failed: {engine}; version 1 goes on serving"
-    shared = ["first: landed", f"unreadable: {unreadable}", f"engine: {broken}", "second: landed"]
+    unscored = "the sync to version 2 failed: the trainer cannot score; version 1 goes on serving"
+    shared = ["first: landed", f"unreadable: {unreadable}", f"engine: {broken}", f"unscored: {unscored}", "second: landed"]
     assert second == shared
-    assert first[:8:2] == shared
+    assert first[:10:2] == shared
     old, new = "serves {}, old weights", "serves {}, new weights"
-    assert first[1:8:2] == [new.format(1), old.format(1), old.format(1), new.format(2)]
-    assert first[8].startswith("killed: the sync to version 3 failed: ")
-    assert first[8].endswith("; version 2 goes on serving")
-    assert first[9] == old.format(2)
+    assert first[1:10:2] == [new.format(1), old.format(1), old.format(1), old.format(1), new.format(2)]
+    assert first[10].startswith("killed: the sync to version 3 failed: ")
+    assert first[10].endswith("; version 2 goes on serving")
+    assert first[11] == old.format(2)
 
 
 @pytest.mark.slow
