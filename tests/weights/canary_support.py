@@ -61,4 +61,5 @@ def sums(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, int]:
 
 
 def texts(count: int = 8, length: int = 64) -> list[list[int]]:
-    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
+    ids: list[list[int]] = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1)).tolist()
+    return ids
