@@ -4,7 +4,6 @@ freezes."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from agentloop.trajectory import (
     Trajectory,
     Turn,
 )
-from tests.replay.browser import browser, ready
+from tests.replay.browser import ready
 
 EVIL = (
     "\u202e</script><img src=x onerror=window.hacked=1>\u200b\u200d\x00\ud800 \x1b]8;;http://evil\x07link\x1b]8;;\x07 "
@@ -93,13 +92,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             trajectory.reward = Reward(0.0, {EVIL: 1.0, "more": 0.0}, {EVIL: EVIL})
             writer.trajectory_end(trajectory)
     return folder
-
-
-@pytest.fixture(scope="module")
-def context(run: Path) -> Iterator[Any]:
-    with browser() as context:
-        yield context
-        assert context.refused == []
 
 
 @pytest.mark.parametrize("host", ["server", "page"])

@@ -17,21 +17,14 @@ from agentloop.replay.growth import growth
 from agentloop.replay.payload import Payload
 from agentloop.replay.server import ReplayServer
 from tests.journal.conversations import conversation, decode, finish
-from tests.replay.browser import browser, ready
+from tests.replay.browser import ready
 from tests.replay.runs import Recorded, going_on
-
-
-@pytest.fixture(scope="module")
-def context(recorded: Recorded) -> Iterator[Any]:
-    del recorded  # made before there is a browser, which has an event loop of its own
-    with browser() as context:
-        yield context
-        assert context.refused == []
 
 
 @pytest.fixture
 def page(context: Any) -> Iterator[Any]:
     page = context.new_page()
+    page.clock.install()  # its seconds can be let pass at once; so it is in all pages of this file's browser
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     yield page
@@ -82,13 +75,15 @@ def test_new_steps_appear_and_the_selection_stays(page: Any, tmp_path: Path) -> 
             page.locator(".chart").first.focus()
             conversation(writer, 3, step=2)
             writer.flush()
+            page.clock.run_for(2500)
             page.locator('.list [data-group="train/2/u3"]').wait_for()
             assert page.locator(".list .row.active").get_attribute("data-group") == chosen
             assert page.evaluate("document.activeElement.shadowRoot.activeElement.className") == "chart"
             page.get_by_role("button", name="Live").click()
             conversation(writer, 4, step=2)
             writer.flush()
-            page.wait_for_timeout(2500)
+            page.clock.run_for(70_000)
+            page.wait_for_timeout(100)
             assert page.locator('.list [data-group="train/2/u4"]').count() == 0
             page.get_by_role("button", name="Refresh").click()
             page.locator('.list [data-group="train/2/u4"]').wait_for()
@@ -106,6 +101,7 @@ def test_an_open_conversation_goes_on_below_the_reader(page: Any, tmp_path: Path
             page.evaluate(f"{prompt}.mine = true")
             finish(going, writer, reward=0.5)
             writer.flush()
+            page.clock.run_for(2500)
             page.locator(".end-card", has_text="reward 0.5").wait_for()
             assert page.locator(".tokens-pane").get_attribute("data-token") == "5"
             assert page.evaluate(f"{prompt}.mine"), "what is as it was has been drawn anew"
@@ -119,9 +115,11 @@ def test_a_server_that_has_gone_is_said(page: Any, tmp_path: Path) -> None:
         page.goto(server.url())
         ready(page, "run")
         page.route("**/request*", lambda route: route.abort())
+        page.clock.run_for(2500)
         page.get_by_role("button", name="Live: no answer").wait_for()
         assert page.locator(".list .row").count() > 0
         page.unroute("**/request*")
+        page.clock.run_for(5000)
         page.locator(".live[data-live=live]").wait_for()
 
 
