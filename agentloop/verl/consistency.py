@@ -14,9 +14,7 @@ from typing import Any
 
 from agentloop.consistency import Consistency, ConsistencyError, Thresholds, consistency, judge
 from agentloop.consistency.record import write_event
-from agentloop.errors import ConfigError
 from agentloop.journal.train_side import TrainerRow
-from agentloop.verl.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +76,3 @@ def metrics(report: Consistency) -> dict[str, float]:
     told |= {f"ratio_{name}": (figures.ratio or {}).get(name) for name in _RATIOS}
     told["not_recomputed"] = report.not_recomputed
     return {f"{PREFIX}/{name}": float(value) for name, value in told.items() if value is not None}
-
-
-def check_thresholds(config: Any, settings: RolloutSettings) -> None:
-    """`ConfigError` for thresholds where nothing can be compared."""
-    if not settings.consistency.limits:
-        return
-    if not settings.train.log_probs:
-        raise ConfigError(
-            "agentloop.consistency: thresholds need the rollout's log-probabilities; set "
-            "actor_rollout_ref.rollout.calculate_log_probs=true"
-        )
-    if (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False):
-        raise ConfigError(
-            "agentloop.consistency: with algorithm.rollout_correction.bypass_mode=true the trainer takes the rollout's "
-            "log-probabilities as its own, so there is nothing to hold thresholds against; set one of them off"
-        )

@@ -75,11 +75,9 @@ class AgentLoopManager(VerlAgentLoopManager):  # type: ignore[misc]
         if not self.use_v1:
             self._keep_fillers_out(config)
         if self._compared:
-            from agentloop.verl.consistency import check_thresholds
             from agentloop.verl.train_side import check_trainer
 
             check_trainer(config)
-            check_thresholds(config, self.settings)
         self.fleet: Fleet
 
     @classmethod

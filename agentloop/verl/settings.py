@@ -116,6 +116,8 @@ def read_settings(config: Any) -> RolloutSettings:
     seed = section.seed if section.seed is not None else data.get("seed")
     if section.train_side and not section.journal:
         raise ConfigError("agentloop: key 'train_side' is true and 'journal' false, and it is written beside the journal")
+    if section.consistency.limits:
+        _refuse_nothing_to_compare(config, rollout)
     return RolloutSettings(
         loop=_loop(section.loop, rollout, multi_turn),
         train=_sampling(rollout, rollout),
@@ -163,6 +165,21 @@ def refuse_agent_names(names: list[str]) -> None:
         raise ConfigError(
             f"dataset column 'agent_name': '{name}' is an agent loop of verl's registry, and agentloop.verl.AgentLoopManager "
             "runs its own loop alone; drop the column, or drop agent_loop_manager_class and use agent_loop_config_path"
+        )
+
+
+def _refuse_nothing_to_compare(config: Any, rollout: Mapping[str, Any]) -> None:
+    """`ConfigError`: thresholds on how far trainer and rollout are apart need both sides."""
+    if not rollout.get("calculate_log_probs", False):
+        raise ConfigError(
+            "agentloop.consistency: thresholds need the rollout's log-probabilities; set "
+            "actor_rollout_ref.rollout.calculate_log_probs=true"
+        )
+    whole = config if OmegaConf.is_config(config) else OmegaConf.create(dict(config))
+    if OmegaConf.select(whole, "algorithm.rollout_correction.bypass_mode", default=False):
+        raise ConfigError(
+            "agentloop.consistency: with algorithm.rollout_correction.bypass_mode=true the trainer takes the rollout's "
+            "log-probabilities as its own, so there is nothing to hold thresholds against; set one of them off"
         )
 
 

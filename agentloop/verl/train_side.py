@@ -19,7 +19,7 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,16 +145,24 @@ def _place(config: Any) -> tuple[Any, str, list[str]]:
     return RayPPOTrainer, "_update_actor", ["self", "batch"]
 
 
+_FIELDS = {"responses": "responses", **{name: name for name in COLUMNS}, "rollout_log_probs": "rollout_log_probs",
+           "loss_mask": "sampled"}  # fmt: skip
+"""Fields of the V1 contract, and their names here. Rejection sampling changes `response_mask` and not `loss_mask`."""
+
+
 def rows_of_queue(batch: Any) -> list[TrainerRow]:
     """`batch`: TransferQueue's `KVBatchMeta`, whose tags tell verl's padding, the rollout's step and its weight versions."""
     import transfer_queue as tq
 
     real = [(key, tag) for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
-    # What a row does not have is left out, as verl itself relies on. Rejection sampling changes `response_mask` alone.
-    fields = {"responses": "responses", **{name: name for name in COLUMNS}}
-    fields |= {"rollout_log_probs": "rollout_log_probs", "loss_mask": "sampled"}
-    data = tq.kv_batch_get(keys=[key for key, _ in real], partition_id=batch.partition_id, select_fields=list(fields))
-    columns = {own: data[name].unbind() for name, own in fields.items() if name in data.keys()}  # noqa: SIM118
+    # What a row does not have is left out, as verl itself relies on.
+    data = tq.kv_batch_get(keys=[key for key, _ in real], partition_id=batch.partition_id, select_fields=list(_FIELDS))
+    return rows_of_fields(real, data)
+
+
+def rows_of_fields(real: Sequence[tuple[str, Mapping[str, Any]]], data: Any) -> list[TrainerRow]:
+    """`real`: keys and tags; `data`: a `TensorDict` with a row for each, of nested tensors."""
+    columns = {own: data[name].unbind() for name, own in _FIELDS.items() if name in data.keys()}  # noqa: SIM118
     rows = []
     for place, (key, tag) in enumerate(real):
         own = {name: array(column[place]) for name, column in columns.items()}

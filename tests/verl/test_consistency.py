@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from agentloop.batch import to_dataproto
+from agentloop.batch import row_key, to_dataproto, to_rows
 from agentloop.consistency import ConsistencyError, Thresholds, consistency, read_events
 from agentloop.errors import ConfigError
 from agentloop.journal import Run
 from agentloop.trajectory import Reward
-from agentloop.verl.consistency import StepJudge, check_thresholds
+from agentloop.verl.consistency import StepJudge
 from agentloop.verl.settings import read_settings
-from agentloop.verl.train_side import TrainSideWriter, add_row_keys, install
+from agentloop.verl.train_side import TrainSideWriter, add_row_keys, install, rows_of_fields
 from tests.verl.support import conversation, verl_config
 
 LEGACY = {"trainer.use_v1": False}
@@ -30,18 +30,15 @@ def test_settings() -> None:
     }
     settings = read_settings(verl_config(**given))
     assert settings.consistency == Thresholds(max_k3=0.01, action="stop", clip=(0.8, 1.25))
-    check_thresholds(verl_config(**given), settings)
     with pytest.raises(ConfigError, match="did you mean 'max_mean_abs'"):
         read_settings(verl_config(**{"agentloop.consistency.mean_abs": 1}))
     for key, value, message in (
         ("actor_rollout_ref.rollout.calculate_log_probs", False, "calculate_log_probs=true"),
         ("algorithm.rollout_correction.bypass_mode", True, "bypass_mode=true"),
     ):
-        config = verl_config(**given, **{key: value})
         with pytest.raises(ConfigError, match=message):
-            check_thresholds(config, read_settings(config))
-        without = verl_config(**{key: value})
-        check_thresholds(without, read_settings(without))
+            read_settings(verl_config(**given, **{key: value}))
+        read_settings(verl_config(**{key: value}))
 
 
 class Trainer:
@@ -189,3 +186,25 @@ def test_the_record_and_the_batch_agree_on_where(tmp_path: Path, make: Any) -> N
         first = trainer.told[3].turns[2].start - trainer.told[3].prompt_len
         assert {(token["id"], token["turn"]) for token in tokens[:6]} == {("g-0_3", 2)}
         assert sorted(token["response_position"] for token in tokens[:6]) == list(range(first, first + 6))
+
+
+def test_rows_of_the_v1_contract_are_compared_as_the_padded_batch_is(make: Any) -> None:
+    """Rows as the rollout workers put them into TransferQueue, with what the trainer adds, after rejection sampling."""
+    from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+    trainer = make(Thresholds())
+    trainer.drift(6, 1, -2.0)
+    padded = consistency(trainer.batch, step=2)
+    fields, real = [], []
+    for place, trajectory in enumerate(trainer.told):
+        if trajectory.masked:
+            continue
+        row, tag = to_rows(trajectory)
+        row["old_log_probs"] = trainer.batch.batch["old_log_probs"][place, : trajectory.response_len]
+        if place == 6:
+            row["response_mask"] = row["response_mask"] * 0
+        names = ("responses", "response_mask", "loss_mask", "rollout_log_probs", "old_log_probs")
+        fields.append({name: row[name] for name in names})
+        real.append((row_key(trajectory), tag))
+    found = consistency(rows_of_fields(real, list_of_dict_to_tensordict(fields)), step=2)
+    assert found.all == padded.all and found.by == padded.by and found.worst_turns == padded.worst_turns
