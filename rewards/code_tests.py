@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -57,6 +58,10 @@ def _one(item: Any, fn: str | None, place: int) -> CodeTest:
     fn = item.get("fn") or fn
     if "expected" not in item or not fn:
         raise ValueError(f"test {place} has neither 'stdout' nor 'fn' and 'expected'")
+    known = ("fn", "args", "kwargs", "expected")
+    for key in item:
+        if key not in known and (meant := difflib.get_close_matches(str(key), known, n=1, cutoff=0.7)):
+            raise ValueError(f"test {place} has a key '{key}'; did you mean '{meant[0]}'?")
     args, kwargs = item.get("args") or [], item.get("kwargs") or {}
     if not isinstance(args, list) or not isinstance(kwargs, Mapping):
         raise ValueError(f"test {place}: expected a list of 'args' and a mapping of 'kwargs'")

@@ -155,7 +155,8 @@ async def test_a_failing_sandbox_raises() -> None:
 @pytest.mark.parametrize(
     "truth",
     [None, "", "[]", "{", {}, {"tests": []}, {"fn": "f", "tests": [{"args": [1]}]}, {"inputs": ["1"], "outputs": []},
-     {"inputs": [], "outputs": []}, {"tests": [{"expected": 1}]}, {"fn": "f", "tests": [3]}],
+     {"inputs": [], "outputs": []}, {"tests": [{"expected": 1}]}, {"fn": "f", "tests": [3]},
+     {"fn": "f", "tests": [{"arg": [1], "expected": 1}]}],
 )  # fmt: skip
 async def test_a_row_without_usable_tests_raises(truth: Any) -> None:
     with pytest.raises(ValueError, match=r"ground truth|test 0"):

@@ -306,6 +306,7 @@ def test_different(gold: str, answer: str) -> None:
         ("<answer>5</answer>", ("5",)),
         (r"<answer>so \boxed{5}</answer>", ("5",)),
         ("work\n#### 42", ("42",)),
+        ("So the correct option is (C).", ("(C)",)),
         ("The answer is 42.", ("42",)),
         ("**Final answer:** $x=4$. I hope it is correct.", ("$x=4$",)),
         (r"\boxed{3}. No: the answer is 4.", ("4",)),
