@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 
 from tests.replay.browser import Site, ready, serving
-from tests.replay.viewer_data import HALF, PLANTED, MadeRun, Trajectory, figures, frame, make, planted_run, report, worst_token
+from tests.replay.viewer_data import (
+    EMOJI,
+    HALF,
+    PLANTED,
+    MadeRun,
+    Trajectory,
+    figures,
+    frame,
+    make,
+    planted_run,
+    report,
+    worst_token,
+)
 
 RUN = planted_run()
 
@@ -295,7 +307,8 @@ def test_a_turn_brings_its_first_token(page: Any, site: Site) -> None:
         page.click(f'button[data-turn="{index}"]')
         start = item.header["turns"][index]["start"]
         page.wait_for_selector(f'.tokens-pane[data-token="{start}"]')
-        assert page.locator(".tok.cursor").is_visible()
+        assert cursor_in_sight(page)
+        assert page.locator(".tok.cursor").evaluate("(el) => el.token") == start
     page.keyboard.press("j")
     page.wait_for_selector(f'.tokens-pane[data-token="{item.header["turns"][2]["start"]}"]')
     page.keyboard.press("k")
@@ -374,6 +387,7 @@ def test_forks_from_a_turn_and_from_the_prompt(page: Any, site: Site) -> None:
 
 def test_tooltips_tell_the_truth_of_200_tokens(page: Any, site: Site) -> None:
     rng = np.random.default_rng(7)
+    looked_at: set[bytes] = set()
     for key in ("train/1/0_2", "train/1/2_1"):
         item = open_sample(page, site, key)
         n = item.header["n"]
@@ -382,6 +396,7 @@ def test_tooltips_tell_the_truth_of_200_tokens(page: Any, site: Site) -> None:
         turns = np.concatenate([np.full(length, index) for _, length, index in item.header["segments"]])
         for i, fields in zip(tokens, tooltips(page, tokens), strict=True):
             piece = item.pieces[i]
+            looked_at.add(piece)
             assert fields["id"] == str(item.columns["ids"][i])
             assert fields["mask"] == str(item.mask[i])
             assert fields["turn"] == ("prompt" if turns[i] < 0 else f"turn {turns[i]}")
@@ -401,6 +416,8 @@ def test_tooltips_tell_the_truth_of_200_tokens(page: Any, site: Site) -> None:
                 difference = np.float32(item.columns["train_logprob"][i]) - np.float32(item.columns["logprob"][i])
                 assert float(fields["difference"]) == pytest.approx(float(difference), abs=1e-6)
                 assert float(fields["advantage"]) == pytest.approx(float(item.columns["advantage"][i]), abs=1e-4)
+    assert {HALF, b"<|im_end|>", b"\n", b"    ", "界".encode()} <= looked_at, "split, special, newline, indent, CJK"
+    assert any(piece in looked_at for piece in EMOJI), "a part of an emoji"
 
 
 def test_special_tokens_and_split_characters_are_seen(page: Any, site: Site) -> None:

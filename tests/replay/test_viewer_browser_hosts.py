@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.replay.browser import DIST, Site, ready, serving
-from tests.replay.viewer_data import MadeRun, big_run, make, page, planted_run
+from tests.replay.viewer_data import MadeRun, big_run, make, page, planted_run, report, worst_token
 
 RUN = planted_run()
 
@@ -136,15 +136,19 @@ def test_a_dead_kernel_is_said_and_what_is_loaded_works(tab: Any, site: Site) ->
     tab.wait_for_selector(f'.tokens-pane[data-token="{start}"]')
 
 
-@pytest.mark.parametrize("view", ["run", "group", "conversation", "tokens"])
+@pytest.mark.parametrize("view", ["run", "consistency", "group", "conversation", "tokens"])
 def test_keys_never_reach_the_notebook(tab: Any, site: Site, view: str) -> None:
     run = planted_run()
-    run.can = ["search", "fork", "refresh"]
+    run.can = ["search", "fork", "refresh", "consistency"]
+    run.consistency = report([worst_token("train/1/0_0", 130, -2.0)])
     site.serve(run)
     tab.set_viewport_size({"width": 1280, "height": 760})
     tab.goto(f"{site.url}/notebook")
     ready(tab, "run")
-    if view != "run":
+    if view == "consistency":
+        tab.click('[data-value="consistency"]')
+        tab.wait_for_selector(".consistency .worst button")
+    elif view != "run":
         tab.evaluate(
             """(view) => window.shown.model.emit("msg:custom",
             {type: "event", event: {kind: "goto", link: {view, key: "train/1/2_2"}}}, [])""",
