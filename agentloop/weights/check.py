@@ -60,8 +60,7 @@ class Tolerance:
     def measured(reports: Iterable[CanaryReport], *, room: float = 1.0, source: str = "measured on right updates") -> Tolerance:
         """The largest that was seen on updates known to be right (the engine as it was started from a checkpoint is one), times
         2 for the mean, 2.5 for a sequence and 3 for a token, and times `room`. Take 20 reports and some 500 tokens: over 200
-        right updates each of the three grew beyond its first 20 by up to 1.3, 1.8 and 1.5, with 190 tokens by up to 1.7
-        (docs/canary.md).
+        right updates each of the three grew beyond its first 20 by up to 1.3, 1.8 and 1.5 (benchmarks/results/canary.json).
 
         Raises `ConfigError` for no reports, and where noise was none at all or no number."""
         seen = list(reports)
@@ -81,8 +80,8 @@ TOLERANCES = {
         2e-6,
         4e-6,
         5e-5,
-        "local engine in float32 against transformers in float32, tiny models of three families: mean 3e-8, one sequence 7e-8, "
-        "worst 1.4e-6 (docs/canary.md); 35 to 65 times these, for larger models",
+        "local engine in float32 against transformers in float32, tiny models of three families: mean 7.5e-8, one sequence "
+        "9.1e-8, worst 1e-6 (benchmarks/results/canary.json); 25 to 50 times these, which leaves larger models room",
     ),
     "bfloat16": Tolerance(
         0.02,
