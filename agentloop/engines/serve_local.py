@@ -63,6 +63,7 @@ ADMIN = (
     "/init_weights_update_group",
     "/destroy_weights_update_group",
     "/update_weights_from_distributed",
+    "/weights_checker",
     "/release_memory_occupation",
     "/resume_memory_occupation",
 )
@@ -123,6 +124,7 @@ class LocalServer:
         post("/init_weights_update_group", self._join_group)
         post("/destroy_weights_update_group", self._leave_group)
         post("/update_weights_from_distributed", self._receive_weights)
+        post("/weights_checker", self._fingerprints)
         post("/release_memory_occupation", self._release_memory)
         post("/resume_memory_occupation", self._resume_memory)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -298,6 +300,13 @@ class LocalServer:
             if success and body.get("weight_version") is not None:
                 self._version = str(body["weight_version"])
         return _success(success, message)
+
+    async def _fingerprints(self, request: web.Request) -> web.StreamResponse:
+        action = (await request.json())["action"]
+        if action != "checksum":
+            return _success(False, f"Unsupported action={action!r}")
+        payload = {"checksums": await self._engine.weight_fingerprints(), "parallelism_info": {"tp_rank": 0, "tp_size": 1}}
+        return _json({"success": True, "message": "Success.", "ranks": [payload]})
 
     async def _update_version(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

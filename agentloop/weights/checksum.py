@@ -20,8 +20,8 @@ def checksum(tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> int:
 
     `dtype`: cast to it first, which is the checksum of what an engine serves that keeps its weights in `dtype`.
 
-    The bytes are read on the CPU, at about 1 GB/s a core: a CPU tensor without a copy, a GPU's in pieces of `CHUNK_BYTES`
-    over the bus (so a 1 GB tensor costs its copy and about a second, not its size in memory). A CRC-32 is no defence
+    The bytes are read on the CPU, at 1 to 4 GB/s a core: a CPU tensor without a copy, a GPU's in pieces of `CHUNK_BYTES` over
+    the bus (so a 1 GB tensor costs its copy and up to a second, not its size in memory). A CRC-32 is no defence
     against malice; a fault goes unseen in one of 2**32 cases.
     """
     import torch
