@@ -155,7 +155,7 @@ class _Reader:
     # -- items: a relation with words around it --
 
     def _item(self) -> Node:
-        while self._wordy() and all(word in NEUTRAL or not word for word in self._words(self._next)):
+        while self._wordy() and (self._is_label() or all(word in NEUTRAL or not word for word in self._words(self._next))):
             if self._tokens[self._at + 1].kind == "end":
                 break
             self._at += 1
@@ -179,6 +179,17 @@ class _Reader:
             raise Unreadable("a sign is missing between two quantities")
         factor = number(Fraction(large[1]) / Fraction(small[1]))
         return Node("unit", (Node("add", (Node("mul", (node.args[0], factor)), part.args[0])),), part.text)
+
+    def _is_label(self) -> bool:
+        """`\\text{Area: }`"""
+        token = self._next
+        label = token.text.strip()
+        return (
+            token.kind == "text"
+            and label[-1:] == ":"
+            and not any(c.isdigit() for c in label)
+            and not DOUBT & {*self._words(token)}
+        )
 
     def _wordy(self) -> bool:
         token = self._next

@@ -43,7 +43,10 @@ _PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?(?:answer|result|solution)\s*(?:i
 
 _PHRASES = {
     **dict.fromkeys(("all real number", "all real", "real number", "all of r"), Node("space", (), "R")),
-    **dict.fromkeys(("no solution", "no real solution", "empty set", "none", "there are no solution"), Node("set")),
+    **dict.fromkeys(
+        ("no solution", "no real solution", "no root", "no real root", "empty set", "none", "there are no solution"),
+        Node("set"),
+    ),
 }
 _SYNONYMS = dict.fromkeys(("dne", "doesn't exist", "it does not exist", "limit does not exist"), "does not exist")
 

@@ -308,13 +308,18 @@ def _in_any_order(gold: Node, answer: Node) -> bool:
     distinct = len(set(gold_names)) > 1, len(set(names_)) > 1
     if all(gold_names) and all(names_) and all(distinct):
         if set(gold_names) != set(names_) or len(set(names_)) != len(names_):
-            return _numbered(gold_names) and _numbered(names_) and _match(gold.args, answer.args)
+            return _numbered(gold_names) and _numbered(names_) and _match(_values(gold), _values(answer))
         by_name = dict(zip(names_, answer.args, strict=True))
         return all(same(arg, by_name[name]) for name, arg in zip(gold_names, gold.args, strict=True))
     if (distinct[0] and all(gold_names) and not any(names_)) or (distinct[1] and all(names_) and not any(gold_names)):
         numbered = _numbered(gold_names if distinct[0] else names_)
-        return _match(gold.args, answer.args) if numbered else _in_order(gold.args, answer.args)
+        return _match(_values(gold), _values(answer)) if numbered else _in_order(gold.args, answer.args)
     return _match(gold.args, answer.args)
+
+
+def _values(node: Node) -> tuple[Node, ...]:
+    """The items without their names."""
+    return tuple(named(arg)[1] for arg in node.args)
 
 
 def _numbered(found: list[str]) -> bool:

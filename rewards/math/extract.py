@@ -25,7 +25,8 @@ _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*(?=\{)")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _HASH = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _PHRASE = re.compile(
-    r"(?:(?:(?:final|correct|right)[ \t]+)?(?:answers?|result)|(?:correct|right|best)[ \t]+(?:option|choice))(?:\*\*)?[ \t]*(?::|\bis\b|\bare\b|=)(?:[ \t]*:)?(?:\*\*)?[ \t]*",
+    r"(?:(?:(?:final|correct|right)[ \t]+)?(?:answers?|result)|(?:correct|right|best)[ \t]+(?:option|choice))"
+    r"(?:\*\*)?[ \t]*(?::|\bis\b|\bare\b|=)(?:[ \t]*:)?(?:\*\*)?[ \t]*",
     re.IGNORECASE,
 )
 _WEAK = re.compile(r"(?:therefore|thus|hence|so)\b", re.IGNORECASE)

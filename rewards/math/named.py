@@ -74,9 +74,17 @@ def _is_combination(node: Node) -> bool:
 
 
 def differ_in_place(gold: Node, answer: Node) -> bool:
-    """`f(2) = 3` beside `f(3) = 3`."""
-    functions = [side.args[0] for side in (gold, answer)]
-    return all(f.op == "mul" and len(f.args) == 2 and f.args[1].op == "num" for f in functions) and functions[0] != functions[1]
+    """`f(2) = 3` beside `f(3) = 3`, `f'(x) = 2x` beside `f(x) = 2x`, `a_{10} = 5` beside `a_{11} = 5`."""
+    one, two = gold.args[0], answer.args[0]
+    if one.op == two.op == "mul" and len(one.args) == len(two.args) == 2:
+        functions = one.args[0].text, two.args[0].text
+        if functions[0] != functions[1] and functions[0].rstrip("'") == functions[1].rstrip("'"):
+            return True
+        return one != two and {one.args[1].op, two.args[1].op} <= {"num", "rel", "inter", "union"}
+    if one.op != "sym" or two.op != "sym" or one == two:
+        return False
+    (letter, _, place), (other, _, there) = one.text.partition("_"), two.text.partition("_")
+    return letter == other and place.isdigit() and there.isdigit()
 
 
 def of_one_argument(gold: Node, answer: Node) -> tuple[Node, Node]:
@@ -135,6 +143,8 @@ def _is_name(node: Node) -> bool:
     if node.op == "mul":
         if len(node.args) == 2 and _letter(node.args[0]) in "fghFGHPQTWpq" and node.args[1].op in ("sym", "num"):
             return True  # f(x)
+        if node.args[0] == Node("sym", (), "P") and len(node.args) == 2 and node.args[1].op in ("inter", "union", "rel"):
+            return True  # P(A ∩ B), P(X = 3)
         return all(arg.op == "sym" and arg.text[:1].isupper() for arg in node.args)  # AB
     if node.op == "call":
         return (node.text in ("abs", "det") and _is_name(node.args[0])) or node.text in ("max", "min")
