@@ -13,6 +13,7 @@ from agentloop.commands.journal import RunArgument, new_console, open_run
 from agentloop.config import validate
 from agentloop.consistency import Beyond, Consistency, Figures, Group, Thresholds, consistency, judge
 from agentloop.errors import ConfigError
+from agentloop.journal.format import JournalError
 from agentloop.journal.reader import Run
 from agentloop.journal.show import table
 
@@ -48,7 +49,10 @@ def report(
     opened = open_run(run)
     given = {"max_abs": max_abs, "max_mean_abs": max_mean_abs, "max_k3": max_k3, "max_ratio_outside": max_ratio_outside}
     thresholds = _thresholds(opened, given | {"clip": clip})
-    found = consistency(opened, step=step, clip=thresholds.clip, worst=worst)
+    try:
+        found = consistency(opened, step=step, clip=thresholds.clip, worst=worst)
+    except JournalError as error:
+        raise ConfigError(str(error)) from error
     if not found.arrived:
         raise ConfigError(f"{opened.path}: no train side has arrived; it is written with agentloop.train_side=true")
     if not found.trajectories:

@@ -16,15 +16,16 @@ SAMPLED = "agentloop_sampled"
 
 
 def rows_of_dataproto(batch: Any, step: int) -> list[TrainerRow]:
-    """`batch`: padded, with prompts of P places, each response from its first place on.
+    """`batch`: padded, each response from its first place on; without an `attention_mask` up to its last.
 
     With the columns of `COLUMNS` that it has, and `rollout_log_probs` and `sampled` where it has them. A batch that is not of
     our manager has no keys: then a row's uid is its `uid`, and its sibling the number of rows before it with the same one.
     """
     wanted = ("responses", *COLUMNS, "rollout_log_probs")
     columns = {name: array(batch.batch[name]) for name in wanted if name in batch.batch.keys()}  # noqa: SIM118
-    width = columns["responses"].shape[1]
-    lengths = batch.batch["attention_mask"][:, -width:].sum(dim=1).tolist()
+    count, width = columns["response_mask"].shape
+    attended = batch.batch["attention_mask"][:, -width:].sum(dim=1).tolist() if "attention_mask" in batch.batch.keys() else None  # noqa: SIM118
+    lengths = [width] * count if attended is None else attended
     others = batch.non_tensor_batch
     rows = []
     for place, key in enumerate(_keys(others, len(lengths))):
@@ -42,9 +43,9 @@ def rows_of_dataproto(batch: Any, step: int) -> list[TrainerRow]:
 
 
 def row_of_key(key: str, step: int, columns: dict[str, Any], versions: tuple[int, int] | None) -> TrainerRow:
-    """`key`: of `agentloop.batch.row_key`. `columns`: with `responses`."""
+    """`key`: of `agentloop.batch.row_key`. `columns`: with `responses`; without them tokens have no ids."""
     uid, sibling, _ = key.rsplit("_", 2)
-    return TrainerRow(step, uid, int(sibling), columns.pop("responses"), columns, versions)
+    return TrainerRow(step, uid, int(sibling), columns.pop("responses", None), columns, versions)
 
 
 def array(tensor: Any) -> Any:

@@ -181,7 +181,11 @@ def consistency(
     """
     if isinstance(source, Run):
         return _of_run(source, step, clip, worst)
-    given: list[Any] = rows_of_dataproto(source, step or 0) if hasattr(source, "non_tensor_batch") else list(source)
+    given: Any = source
+    if hasattr(given, "non_tensor_batch"):
+        step = given.meta_info.get("global_steps") if step is None else step
+        given = rows_of_dataproto(given, step or 0)
+    given = list(given)
     if given and isinstance(given[0], TrainerRow):
         if step is None:
             raise TypeError("consistency() of a batch needs the trainer's step")

@@ -27,6 +27,10 @@ NO_STALENESS = MIXED_STALENESS + 1
 """In the column `staleness`: the engine did not tell the version."""
 
 
+Describe = Callable[[int], tuple[int | None, str | None]]
+"""Of a position in the response: the token's id and its text, where they can be told."""
+
+
 class Misplaced(NamedTuple):
     """A trained token that was not sampled."""
 
@@ -52,8 +56,7 @@ class Place:
     """`None` in a batch in memory."""
     versions: tuple[int, int] | None
     """Oldest and newest weights that sampled it; `None` if the engine did not tell."""
-    describe: Callable[[int], tuple[int, str | None]]
-    """Of a position in the response: the token's id, and its text where that can be told."""
+    describe: Describe
 
 
 COLUMNS: dict[str, Any] = {
@@ -181,15 +184,15 @@ def _turns_of(trained: TrainedTrajectory) -> tuple[Any, Any, Any]:
     return indexes, starts, np.array([origin_at.get(turn.start, ORIGINS.index("after_template")) for turn in turns], np.uint8)
 
 
-def _describer(recorded: Any) -> Callable[[int], tuple[int, str | None]]:
-    def describe(position: int) -> tuple[int, str | None]:
+def _describer(recorded: Any) -> Describe:
+    def describe(position: int) -> tuple[int | None, str | None]:
         at = recorded.prompt_len + position
         return int(recorded.columns.ids[at]), recorded.columns.text(at, at + 1)
 
     return describe
 
 
-def _unknown(position: int) -> tuple[int, str | None]:
+def _unknown(position: int) -> tuple[int | None, str | None]:
     raise LookupError(position)
 
 
@@ -239,5 +242,5 @@ def _staleness(step: int, versions: tuple[int, int] | None) -> int:
     return step - 1 - versions[1] if versions[0] == versions[1] else MIXED_STALENESS
 
 
-def _row_describer(row: TrainerRow) -> Callable[[int], tuple[int, str | None]]:
-    return lambda position: (int(row.response_ids[position]), None)
+def _row_describer(row: TrainerRow) -> Describe:
+    return lambda position: (None if row.response_ids is None else int(row.response_ids[position]), None)

@@ -186,3 +186,11 @@ def test_rollouts_without_log_probabilities_and_trainers_that_copy_are_told_of(t
     write_update(tmp_path, rows, step=1, update=0, generation=1, recomputed=False)
     output = " ".join(agentloop(str(tmp_path)).output.split())
     assert "12 trajectories are not compared" in output and "bypass_mode" in output
+
+
+def test_a_damaged_train_side_is_one_sentence(tmp_path: Path) -> None:
+    run, _ = recorded(tmp_path)
+    path = run.path / "train_side" / "step_000001.u0.g1.rows"
+    path.write_bytes(path.read_bytes()[:-7])
+    error = agentloop(str(tmp_path)).exception
+    assert isinstance(error, ConfigError) and path.name in str(error)

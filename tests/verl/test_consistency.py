@@ -208,3 +208,22 @@ def test_rows_of_the_v1_contract_are_compared_as_the_padded_batch_is(make: Any) 
         real.append((row_key(trajectory), tag))
     found = consistency(rows_of_fields(real, list_of_dict_to_tensordict(fields)), step=2)
     assert found.all == padded.all and found.by == padded.by and found.worst_turns == padded.worst_turns
+
+
+def test_a_batch_of_another_loop_is_compared_too() -> None:
+    """Nothing but both sides and a mask; the step is the batch's own."""
+    import torch
+    from verl.protocol import DataProto
+
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
+    rollout = -torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) * mask
+    trainer = rollout.clone()
+    trainer[0, 6] -= 1.5
+    fields = {"old_log_probs": trainer, "rollout_log_probs": rollout, "response_mask": mask}
+    batch = DataProto.from_dict(fields, meta_info={"global_steps": 7})
+    found = consistency(batch)
+    assert (found.all.tokens, found.steps[0].step, [group.name for group in found.by["turn"]]) == (7, 7, ["0", "1"])
+    worst = found.worst_tokens[0]
+    assert (worst["turn"], worst["response_position"], worst["in_turn"], worst["token_id"]) == (1, 6, 1, None)
+    assert worst["diff"] == pytest.approx(-1.5)
+    assert [group.name for group in found.by["staleness"]] == ["not recorded"]
