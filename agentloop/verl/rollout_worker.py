@@ -75,6 +75,8 @@ class SGLangRolloutWorker(Worker):  # type: ignore[misc]
         self._refusal: str | None = None
         """Why the engine must not answer, if so."""
         self._version = 0
+        self._refused = False
+        """The weights of this version are not to be trusted."""
         self._thread: LoopThread | None = None
         self._process: Any = None
         """This node's part of an engine over several nodes."""
@@ -384,7 +386,7 @@ class SGLangRolloutWorker(Worker):  # type: ignore[misc]
         before = self._engine.weight_version
         now = self._version if before is None else before
         target = self._version + 1 if version is None else int(version)
-        if target <= self._version:
+        if target < self._version or (target == self._version and not self._refused):
             told = f"the weights have version {self._version}, which an update to version {target} would not raise"
             return Update(self._seat.replica, now, told)
         self._refusal = f"an update of its weights to version {target} has not landed at every engine"
@@ -411,8 +413,15 @@ class SGLangRolloutWorker(Worker):  # type: ignore[misc]
     def serve(self, version: int) -> None:
         """All engines have the weights of `version`: answer again. Called at the end of `update_weights`."""
         if self._engine is not None:
-            self._version = version
+            self._version, self._refused = version, False
             self._refusal = self._random()
+
+    @each_rank
+    def refuse(self, why: str) -> None:
+        """Answer nothing until an update has landed, because of what was found wrong with the weights of the last one. That
+        update may have the same version."""
+        if self._engine is not None:
+            self._refusal, self._refused = why, True
 
     @each_rank
     def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:

@@ -345,8 +345,11 @@ class MegatronSGLangShardingManager:
             return f"engine '{guard.name}' has weights of version {has}"
         try:
             async with asyncio.timeout(PROBE_S):
-                await guard.engine.generate([0], Sampling(1, temperature=0.0, log_probs=False), trajectory_id="weight-sync")
-                await guard.engine.release("weight-sync")
+                if isinstance(guard.engine, _Probes):
+                    await guard.engine.probe()
+                else:
+                    await guard.engine.generate([0], Sampling(1, temperature=0.0, log_probs=False), trajectory_id="weight-sync")
+                    await guard.engine.release("weight-sync")
         except (EngineError, TimeoutError) as error:
             return f"engine '{guard.name}' does not answer: {str(error) or type(error).__name__}"
         return None
@@ -361,17 +364,12 @@ class MegatronSGLangShardingManager:
     # -- around a rollout ---------------------------------------------------------------------------------------------
 
     async def enter(self, step: int | None = None) -> None:
-        """Wake the engines, with the weights of this step (default: one more than last time) where a sync is due. A sync that
-        failed and left the old weights serving is logged, and tried again at the next step; where nothing serves, it is
-        raised."""
+        """Wake the engines, with the weights of this step (default: one more than last time) where a sync is due. Raises as
+        `sync` does; who catches a `SyncFailed` after which the old version serves may roll out with that, and the next
+        entering tries again."""
         self._step = self._step + 1 if step is None else step
         if self.due():
-            try:
-                await self.sync()
-            except SyncFailed as error:
-                if not self.engines or self.refusal is not None or "weights" in self._sleep:
-                    raise
-                logger.error("%s", error)
+            await self.sync()
         else:
             await self._wake("kv_cache")
 
@@ -428,6 +426,13 @@ class _TellsVersion(Protocol):
     """An engine of processes that outlive this one, such as servers: after a restart of the trainer they have a version."""
 
     async def ask_version(self) -> int | None: ...
+
+
+@runtime_checkable
+class _Probes(Protocol):
+    """An engine that is not asked by `generate` whether it answers."""
+
+    async def probe(self) -> None: ...
 
 
 async def _ask_version(guard: GuardedEngine) -> None:
