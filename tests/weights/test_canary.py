@@ -82,18 +82,18 @@ async def right_updates(canary: Canary, model: Any, engine: FaultyEngine, count:
 
 
 NO_FALSE_ALARM = [
-    pytest.param("qwen3_tied", "bfloat16"),
-    pytest.param("qwen3_moe", "bfloat16_moe", marks=pytest.mark.slow),
-    pytest.param("deepseek", "bfloat16_moe", marks=pytest.mark.slow),
+    pytest.param("qwen3_tied", "bfloat16", 60),
+    pytest.param("qwen3_moe", "bfloat16_moe", 200, marks=pytest.mark.slow),
+    pytest.param("deepseek", "bfloat16_moe", 200, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("pair", "tolerance"), NO_FALSE_ALARM, indirect=["pair"])
-async def test_two_hundred_right_updates_give_no_alarm(pair: tuple[Any, FaultyEngine], tolerance: str) -> None:
+@pytest.mark.parametrize(("pair", "tolerance", "count"), NO_FALSE_ALARM, indirect=["pair"])
+async def test_right_updates_give_no_alarm(pair: tuple[Any, FaultyEngine], tolerance: str, count: int) -> None:
     """Engine in bfloat16 against a trainer in float32: by the published tolerance, and by one measured on the first 20."""
     model, engine = pair
     canary = Canary(texts(4, 48), reference(model), tolerance=tolerance)
-    reports = await right_updates(canary, model, engine, 200)
+    reports = await right_updates(canary, model, engine, count)
     assert [report.message for report in reports if not report.ok] == []
     assert all(report.compared_by == "checksums" for report in reports)
     own = Tolerance.measured(reports[:20])
