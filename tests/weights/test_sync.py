@@ -329,6 +329,17 @@ async def test_who_paused_an_engine_resumes_it(engine: LocalEngine, trainer: Tra
     assert await waiting == 1
 
 
+async def test_answers_under_another_version_than_was_synced_are_errors(engine: LocalEngine, trainer: Trainer) -> None:
+    """A server that comes back has the weights that it was started with."""
+    manager = manager_of(trainer, engine)
+    await manager.sync()
+    await engine.update_weights([], 0)
+    with pytest.raises(EngineError, match=r"engine '0' answered with weights of version 0, not 1"):
+        await answers(manager.engine)
+    await manager.sync()
+    assert await answers(manager.engine) == 2
+
+
 async def test_random_weights_serve_nobody_before_the_first_sync(engine: LocalEngine, trainer: Trainer) -> None:
     manager = manager_of(trainer, engine, serves=False)
     with pytest.raises(WeightsRefused, match="started with weights that mean nothing"):

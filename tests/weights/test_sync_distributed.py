@@ -138,6 +138,7 @@ async def test_a_source_that_fails_half_way_leaves_engines_that_answer_nobody(
     await manager.close()
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_killed_amid_a_sync(
     peers: Sequence[Peer], engines: list[SGLangServerEngine], trainer: Trainer
 ) -> None:
@@ -168,6 +169,7 @@ async def test_a_server_that_is_killed_amid_a_sync(
     await manager.close()
 
 
+@pytest.mark.slow
 async def test_a_trainer_that_is_killed_amid_a_sync(engines: list[SGLangServerEngine], trainer: Trainer) -> None:
     """Servers with half of an update answer nobody; the trainer that is started again goes on with the next version."""
     urls = [engine.config.urls[0] for engine in engines]
