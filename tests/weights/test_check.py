@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from agentloop.engines.local import LocalEngine
 from agentloop.engines.scripted import ScriptedEngine
 from agentloop.engines.sglang_protocol import fingerprints
 from agentloop.errors import ConfigError, EngineError
@@ -57,6 +59,17 @@ async def test_a_local_engine_tells_what_it_serves_under_every_name() -> None:
     assert await engine.weight_checksums() == sums(model)
     after = await engine.weight_fingerprints()
     assert all(after[name] != value for name, value in prints.items())
+    await engine.close()
+
+
+async def test_a_model_loaded_in_bfloat16_keeps_its_expert_bias_in_float32(tmp_path: Path) -> None:
+    """As an export in bfloat16 does, so the checksums of the two are equal."""
+    model = trainer("deepseek")
+    model.save_pretrained(tmp_path)
+    engine = LocalEngine.load(str(tmp_path), dtype="bfloat16")
+    sent = {name: tensor if name.endswith("_bias") else tensor.bfloat16() for name, tensor in published(model)}
+    await engine.update_weights(sent.items(), 1)
+    assert await engine.weight_checksums() == {name: checksum(tensor) for name, tensor in sent.items()}
     await engine.close()
 
 
