@@ -54,6 +54,10 @@ class Cluster(Strict):
     load_gb_s: float = Field(140.0, gt=0)
     """How fast an engine copies new weights into place. The default is measured: see `benchmarks/results/gpu_weights.json`,
     16.4 GB of Qwen3-8B's weights on one H200 in 0.115 s."""
+    load_expert_ms: float = Field(0.13, ge=0)
+    """What each weight of a routed expert takes beside its bytes: an engine puts them into its fused ones one by one. Measured
+    in the same place: `benchmarks/results/gpu_deepseek.json`, 0.13 to 0.16 ms, on an engine that holds all experts; ranks
+    under expert parallelism look at all names too, and may be quicker."""
 
 
 class Lengths(Strict):

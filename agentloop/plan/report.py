@@ -114,7 +114,8 @@ def assumptions(question: Question, trainer: trainers.TrainerLayout, rollout: ro
         f"each GPU keeps {config.cluster.overhead_gib:g} GiB for CUDA, NCCL, graphs and fragments",
         f"rollout: an engine's cache must hold {config.rollout.sequences} sequences of {question.sequence:,} tokens at a time",
         f"sync: {question.nvlink / 1e9:g} GB/s over NVLink and {question.network / 1e9:g} GB/s a GPU between nodes, one way, "
-        f"all of it used; an engine loads {config.cluster.load_gb_s:g} GB/s a GPU",
+        f"all of it used; an engine loads {config.cluster.load_gb_s:g} GB/s a GPU"
+        + (f", and each expert's weight in {config.cluster.load_expert_ms:g} ms more" if question.shape.experts else ""),
     ]
     if question.shape.mtp_layers:
         kept = "trained" if trainer.plan.mtp else "left out of the trainer"

@@ -115,6 +115,11 @@ class ModelShape:
         return Part(3 * self.hidden * self.dense_ffn)
 
     @property
+    def expert_tensors(self) -> int:
+        """Weights of routed experts that a checkpoint has: three an expert (gate, up, down)."""
+        return 3 * self.experts * len(self.moe_layers)
+
+    @property
     def routed(self) -> int:
         """Parameters of all routed experts of one layer."""
         return self.experts * 3 * self.hidden * self.expert_ffn

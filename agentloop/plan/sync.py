@@ -58,7 +58,8 @@ def plan_sync(question: Question, trainer: TrainerLayout, rollout: RolloutLayout
         bytes=total,
         gather=(0.0, 0.0) if alone else _times(question, gathered, question.trainer_gpus),
         send=(0.0, 0.0) if colocated else _times(question, total, question.rollout_gpus, other_nodes=True),
-        load=rollout.weights / (config.cluster.load_gb_s * 1e9),
+        load=rollout.weights / (config.cluster.load_gb_s * 1e9)
+        + question.shape.expert_tensors * config.cluster.load_expert_ms / 1e3,
         overlap=config.sync.overlap,
         peak=peak,
     )
