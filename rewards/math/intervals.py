@@ -87,7 +87,10 @@ def _intervals(node: Node) -> Intervals:
     if node.op == "tuple" and len(node.args) == 2:
         low, high = (_real(arg) for arg in node.args)
         low_in, high_in = node.text[0] == "[" and not _infinite(low), node.text[1] == "]" and not _infinite(high)
-        return Intervals([Piece(low, low_in, high, high_in)])
+        interval = Intervals([Piece(low, low_in, high, high_in)])
+        if not interval.pieces:
+            raise NoSet("a point rather than an interval: it would have nothing in it")
+        return interval
     if node.op == "set" or (node.op == "list" and node.text != ";"):
         if all(arg.op == "rel" and arg.text != "=" for arg in node.args) and node.args and node.op == "list":
             return _together(node)
