@@ -89,7 +89,15 @@ def fork(
                 await parts.tools.close()
             await close_all([parts.reward])
 
-    made = asyncio.run(go_on())
+    from agentloop.cassette import CassetteMismatch
+
+    try:
+        made = asyncio.run(go_on())
+    except CassetteMismatch as error:
+        raise ConfigError(
+            f"fork: what is before the turn does not come out as it was recorded ({error}); give what run.json does not tell: "
+            "--model, --tools-file, --parser, --loop"
+        ) from error
     console = new_console()
     for ended in made.trajectories:
         reward = "-" if ended.reward is None else f"{ended.reward.value:g}"

@@ -58,7 +58,15 @@ def record(run_dir: Path, *, model: Path | None = None, seed: int = 0, groups: i
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     shutil.rmtree(run_dir, ignore_errors=True)
     problems = iter(train_problems(len(STEPS) * groups, seed))
-    meta = {"seed": seed, "model": os.path.relpath(folder), "config": {"siblings": siblings, "temperature": 1.0}}
+    tools, reward = (os.path.relpath(MODEL.parent / name) for name in ("tools.yaml", "reward.py"))
+    meta = {
+        "seed": seed,
+        "model": os.path.relpath(folder),
+        "tools": ToolRegistry.load(tools).schemas,
+        "config": {"siblings": siblings, "temperature": 1.0},
+        "loop": loop_config().model_dump(mode="json"),
+        "setup": {"tools": tools, "parser": "hermes", "reward": {"reward": f"{reward}:compute_score", "kwargs": {}}},
+    }
 
     async def everything(writer: JournalWriter) -> None:
         model = Qwen3ForCausalLM.from_pretrained(folder)
