@@ -375,7 +375,8 @@ def _train_side(report: Report, run: Run, step: int, subjects: Sequence[Subject]
             sides += [found] if found is not None else []
     if not rows:
         if subjects:
-            report.skip("log-probabilities against the trainer's, and advantages: it recorded none (agentloop.train_side=true)")
+            which = "of steps of which it recorded none (agentloop.train_side=true)"
+            report.skip(f"log-probabilities against the trainer's, and advantages, {which}")
         return
     report.add(check_agreement(sides))
     report.add(_advantages(rows, estimator))

@@ -163,6 +163,19 @@ def test_wrong_input_is_one_sentence(place: Path, line: str, sentence: str) -> N
     assert isinstance(result.exception, ConfigError) and sentence in str(result.exception), result.output
 
 
+def test_a_fork_of_a_run_that_does_not_tell_its_tools_is_one_sentence(place: Path) -> None:
+    told = place / "runs" / "quickstart" / "run.json"
+    before = told.read_text()
+    told.write_text(json.dumps(json.loads(before) | {"tools": [], "setup": {}}))
+    (place / "script.json").write_text(json.dumps(["The answer is 1.<|im_end|>"]))
+    line = f"agentloop fork quickstart --trajectory {parent(place)} --turn 0 --tool-result 1"
+    result = agentloop(f"{line} --engine scripted --script script.json")
+    told.write_text(before)
+    assert isinstance(result.exception, ConfigError) and "does not come out as it was recorded" in str(result.exception)
+    assert "--tools-file" in str(result.exception)
+    shutil.rmtree(place / "runs" / "quickstart" / "forks", ignore_errors=True)
+
+
 def test_fork_from_the_command_line(place: Path) -> None:
     used = parent(place)
     (place / "script.json").write_text(json.dumps(["The answer is 1.<|im_end|>"]))
