@@ -51,6 +51,8 @@ _loaded: dict[str, RewardFunction] = {}
 """By configuration. A reward may hold a sandbox or connections, so there is one for all calls of a process."""
 
 _WHERE = "reward.custom_reward_function.reward_kwargs"
+_VERLS = ("reward_router_address", "reward_model_tokenizer")
+"""What verl adds where a reward model is served."""
 
 
 async def compute_score(
@@ -62,14 +64,15 @@ async def compute_score(
     reward: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
     file: str | None = None,
-    **_: Any,
+    **more: Any,
 ) -> dict[str, Any]:
     """As verl calls it; `reward`, `kwargs` and `file` come from `reward_kwargs`. Answers `score`, the components and the info.
 
-    Raises what the reward raises, and `ConfigError` for a reward that cannot be loaded or needs a trajectory where there is
-    none.
+    Raises what the reward raises, and `ConfigError` for another key in `reward_kwargs`, for a reward that cannot be loaded, and
+    for one that needs a trajectory where there is none.
     """
     choice = {"reward": reward, "kwargs": None if kwargs is None else plain(kwargs), "file": file}
+    choice |= {name: value for name, value in more.items() if name not in _VERLS}
     key = json.dumps(choice, sort_keys=True, default=repr)
     if key not in _loaded:
         _loaded[key] = validate(RewardChoice, choice, _WHERE).load(_WHERE)

@@ -194,6 +194,8 @@ async def test_settings_are_checked(build: Build, tokenizer: Any, source: Path) 
                 await scored(manager(tokenizer, how, reward, **kwargs), build())
     with pytest.raises(ConfigError, match="unknown key 'rewad'; did you mean 'reward'"):
         manager(tokenizer, "manager", None, rewad=TOOL_USE)
+    with pytest.raises(ConfigError, match="unknown key 'kwarg'; did you mean 'kwargs'"):
+        await scored(manager(tokenizer, "function", TOOL_USE, **{"kwarg.error": -1}), build())
 
 
 def test_it_is_in_verls_registry() -> None:
