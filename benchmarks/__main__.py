@@ -14,7 +14,18 @@ from rich.table import Table
 
 from benchmarks.report import RESULTS
 
-CPU = ("loop_overhead", "batch_assembly", "local_engine", "train_side", "journal", "sandboxes", "math_rewards", "viewer", "canary", "consistency")
+CPU = (
+    "loop_overhead",
+    "batch_assembly",
+    "local_engine",
+    "train_side",
+    "journal",
+    "sandboxes",
+    "math_rewards",
+    "viewer",
+    "canary",
+    "consistency",
+)
 
 
 def main() -> int:
