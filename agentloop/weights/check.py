@@ -101,7 +101,7 @@ TOLERANCES = {
 }
 """By what the engine computes in. A model of one's own is better served by `Tolerance.measured`, a mixture of experts above
 all: against transformers instead of against itself the same shape differs by 0.05 in the mean with 64 small experts, 0.16 with
-larger ones, 0.24 with 128 (random weights; benchmarks/results/gpu_deepseek.json): two implementations route more tokens apart."""
+larger ones, 0.24 with 128 (random weights; benchmarks/results/gpu_deepseek.json): two implementations route more apart."""
 
 
 @dataclass(frozen=True, slots=True)
