@@ -56,6 +56,7 @@ class Progress:
         step = (trajectory.validate, trajectory.step)
         if self.started == self.ended:
             if self.total is None and self._steps and step not in self._steps:
+                self._show()  # the step that is over: of the new one there is nothing to tell yet
                 self._reset()
             self._busy_since = monotonic()
         self._steps.add(step)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
+
 from agentloop.progress import Progress
 from agentloop.rollout import Rollout
 from agentloop.trajectory import EndReason, Sample, Trajectory
@@ -58,3 +60,18 @@ def test_a_step_is_counted_anew_unless_it_overlaps_with_another() -> None:
     assert (progress.started, progress.ended, progress.rewards) == (1, 0, [])
     progress.trajectory_start(val)
     assert progress.started == 2
+
+
+def test_a_line_that_is_due_between_two_steps_tells_of_the_one_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("agentloop.progress.monotonic", lambda: now)
+    stream = io.StringIO()
+    progress = Progress(stream=stream, every_s=10)
+    first, second = trajectory(1), trajectory(2)
+    progress.trajectory_start(first)
+    now = 5.0
+    first.end_reason = EndReason.FINAL_ANSWER
+    progress.trajectory_end(first)
+    now = 20.0
+    progress.trajectory_start(second)
+    assert stream.getvalue().splitlines() == ["rollout: 1 trajectories, 0 turns, 0 tokens/s, 0 tool calls"]
