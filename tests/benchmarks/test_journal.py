@@ -20,5 +20,5 @@ def test_every_format_gives_back_what_was_written(tmp_path: Path) -> None:
         assert found["write_s"] > 0, name
         assert found["mb"] > 0, name
     assert {"timer_late_p99_ms", "call_p99_ms"} <= set(figures["event_loop"])
-    assert len(aims(figures)) == 7
+    assert len(aims(figures)) == 9
     assert not list(tmp_path.glob("*/*.jsonl")), "what was measured is removed"
