@@ -41,6 +41,7 @@ from agentloop.trajectory import (
     Trajectory,
     Turn,
 )
+from agentloop.waiting import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -227,14 +228,11 @@ class AgentLoop:
 
     async def _release(self, run: _Run) -> bool:
         """Give back what the trajectory held, to the end even if the trajectory is cancelled meanwhile; whether it was."""
-        releasing = asyncio.create_task(self._give_back(run))
-        cancelled = False
-        while not releasing.done():
-            try:
-                await asyncio.wait({releasing})
-            except asyncio.CancelledError:
-                cancelled = True
-        return cancelled
+        try:
+            await to_the_end(self._give_back(run))
+        except asyncio.CancelledError:
+            return True
+        return False
 
     async def _give_back(self, run: _Run) -> None:
         """Each part has its own guard; nothing here can change the outcome."""

@@ -25,6 +25,7 @@ from agentloop.tools.schema import ArgumentCheck, Schema
 from agentloop.tools.session import ToolSession, current_session, give_up_at
 from agentloop.tools.threads import run_blocking
 from agentloop.trajectory import CallRecord, CallStatus, ToolCall
+from agentloop.waiting import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class RegistrySession(ToolSession):
         self._closed = True
         created, self._created = self._created, []
         self._instances = {}
-        await asyncio.gather(*(self._release(entry, instance_id) for entry, instance_id in created))
+        await to_the_end(asyncio.gather(*(self._release(entry, instance_id) for entry, instance_id in created)))
 
     async def _release(self, entry: Entry, instance_id: str) -> None:
         try:

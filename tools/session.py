@@ -56,7 +56,8 @@ class ToolSession(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Release every instance, each with its own guard: one that raises or hangs is reported and the rest go on."""
+        """Release every instance, each with its own guard: one that raises or hangs is reported and the rest go on. To the
+        end, even if whoever waits is cancelled meanwhile; that is passed on afterwards."""
 
 
 class ToolSessions(ABC):

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from agentloop.engines.sglang_process import end, launch, server_args
 from agentloop.engines.sglang_weights import Names, buckets, shapes
 from agentloop.errors import EngineError, nearest
 from agentloop.trajectory import StopReason
+from agentloop.waiting import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -467,7 +468,7 @@ class SGLangEngine(Engine):
             raise EngineError("SGLang was asked for nothing yet" if down is None else down.result())
         task: asyncio.Future[Any] = asyncio.ensure_future(call)
         first: set[asyncio.Future[Any]] = {task, down}
-        await _uncancelled(asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED))
+        await to_the_end(asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED))
         if not task.done():
             task.cancel()
             raise EngineError(down.result())
@@ -498,16 +499,3 @@ class SGLangEngine(Engine):
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         return protocol.check_input(ids, max_input=self._max_input, vocabulary=self._vocabulary)
-
-
-async def _uncancelled(waiting: Awaitable[Any]) -> None:
-    """Wait to the end, and pass on a cancellation only then."""
-    task = asyncio.ensure_future(waiting)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkabl
 
 from agentloop.engines.base import Engine, Sampling
 from agentloop.errors import AgentloopError, ConfigError, EngineError
+from agentloop.waiting import to_the_end
 from agentloop.weights.export import BUCKET_BYTES
 from agentloop.weights.source import Source
 from agentloop.weights.sync_guard import GuardedEngine, Holds, SyncFailed, WeightsRefused
 from agentloop.weights.sync_plans import SendPlan
-from agentloop.weights.sync_stream import Stream, to_the_end
+from agentloop.weights.sync_stream import Stream
 
 if TYPE_CHECKING:
     import torch

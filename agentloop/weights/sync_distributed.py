@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from agentloop.engines.update_group import GroupMember, JoinsGroups, UpdateGroup, free_port
 from agentloop.errors import ConfigError, EngineError
+from agentloop.waiting import to_the_end
 from agentloop.weights.export import Bucket
 from agentloop.weights.sync_guard import GuardedEngine, Holds
 from agentloop.weights.sync_plans import SendPlan
-from agentloop.weights.sync_stream import Stream, to_the_end
+from agentloop.weights.sync_stream import Stream
 
 if TYPE_CHECKING:
     import torch

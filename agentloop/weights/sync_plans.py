@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from agentloop.engines.base import Engine
 from agentloop.errors import ConfigError, EngineError
+from agentloop.waiting import to_the_end
 from agentloop.weights.export import Bucket
 from agentloop.weights.folder import HfFolder, write_folder
 from agentloop.weights.sync_guard import GuardedEngine, Holds
-from agentloop.weights.sync_stream import Stream, to_the_end
+from agentloop.weights.sync_stream import Stream
 
 if TYPE_CHECKING:
     import torch

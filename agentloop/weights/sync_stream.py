@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentloop.errors import AgentloopError, EngineError
+from agentloop.waiting import to_the_end
 from agentloop.weights.checksum import checksum
 from agentloop.weights.export import Bucket, export
 from agentloop.weights.mapping import Item
@@ -164,17 +165,3 @@ def _on_the_same_gpu() -> Callable[[], None]:
         return lambda: None
     device = torch.cuda.current_device()
     return lambda: torch.cuda.set_device(device)
-
-
-async def to_the_end(work: Any) -> Any:
-    """The result of `work`, which a cancellation does not cut short; it is passed on afterwards."""
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
-    return task.result()

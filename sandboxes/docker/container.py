@@ -36,7 +36,7 @@ class Container:
         try:
             async with asyncio.timeout(config.start_timeout_s):
                 command = [config.python, "-I", "-X", "utf8", "-c", DRIVER.read_text(encoding="utf-8")]
-                name = await _to_the_end(engine, engine.create(limits, command))
+                name = await _created(engine, engine.create(limits, command))
                 if await engine.is_podman():  # it attaches to nothing that does not run
                     await engine.start(name)
                     channel = Channel(*await engine.attach(name))
@@ -95,7 +95,7 @@ class Container:
         return _layers(self.inside, config, self.limits)
 
 
-async def _to_the_end(engine: Engine, creating: Any) -> str:
+async def _created(engine: Engine, creating: Any) -> str:
     """Await the creation of a container; cancelled meanwhile, wait for it all the same and remove what was made."""
     task = asyncio.ensure_future(creating)
     try:

@@ -187,13 +187,23 @@ def sweep(tree: Tree, take: Callable[[int], AbstractContextManager[object] | Non
     """Remove what pools left that were killed, wherever below the root of a hierarchy their group was: those whose number
     `take` can hold meanwhile."""
     for point in {_top(root) for root in tree.roots.values()}:
-        for folder in point.rglob(f"{PREFIX}*"):
+        for folder in _pools(point):
             number = folder.name.removeprefix(PREFIX)
             held = take(int(number)) if number.isdigit() else None
             if held is not None:
                 with held:
                     for path in (*_children(folder), folder):
                         _rmdir(path, 0.0)
+
+
+def _pools(point: Path) -> list[Path]:
+    """The pools' folders. Others make and remove groups meanwhile, which `os.walk` passes over and `Path.rglob` fails at."""
+    found = []
+    for folder, names, _ in os.walk(point):
+        ours = [name for name in names if name.startswith(PREFIX)]
+        found += [Path(folder, name) for name in ours]
+        names[:] = [name for name in names if name not in ours]
+    return found
 
 
 def _top(folder: Path) -> Path:

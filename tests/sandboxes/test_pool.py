@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import venv
 
@@ -487,6 +488,32 @@ async def test_the_groups_of_a_killed_pool_are_removed_by_the_next():
     async with load_sandbox({"kind": "process", **SETTINGS, "scope": "process"}) as sandbox:
         assert (await sandbox.run("1")).value == "1"
         assert not left.parent.exists()
+
+
+def test_groups_that_come_and_go_do_not_disturb_a_pool_that_starts():
+    if missing("process"):
+        pytest.skip(missing("process"))
+    from agentloop.sandboxes.process import cgroups
+
+    tree = cgroups.find()
+    over = threading.Event()
+
+    def another() -> None:
+        while not over.is_set():
+            groups = cgroups.Groups(tree, 62, None)
+            for number in range(4):
+                for fd in groups.make(f"place-{number}").values():
+                    os.close(fd)
+            groups.remove()
+
+    thread = threading.Thread(target=another)
+    thread.start()
+    try:
+        for _ in range(300):
+            cgroups.sweep(tree, lambda number: None)
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("kind", KINDS)

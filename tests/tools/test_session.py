@@ -184,6 +184,26 @@ async def test_opening_that_is_cancelled_releases_what_was_created() -> None:
     assert slow.released == 0
 
 
+@pytest.mark.parametrize("steps", range(1, 6))
+async def test_closing_that_is_cancelled_releases_all_the_same(steps: int) -> None:
+    class Slow(Counter):
+        async def release(self, instance_id: str, **kwargs: Any) -> None:
+            await asyncio.sleep(0.02)
+            await super().release(instance_id, **kwargs)
+
+    counter = Slow()
+    session = ToolRegistry.from_tools([counter]).session(Sample(messages=[]), "row_0")
+    await session.open()
+    closing = asyncio.create_task(session.close())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert [what for what, _ in counter.log] == ["create", "release"]
+    assert counter.instances == {}
+
+
 async def test_a_create_that_ends_too_late_is_released_all_the_same() -> None:
     finish = asyncio.Event()
 
