@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -46,6 +46,8 @@ class Rows:
         """Offset and length of each event that tells the texts of tokens."""
         self._by_id: dict[str, Row | Growing] = {}
         """In the order of their first lines. A second start with the same id replaces the first."""
+        self._unended: set[str] = set()
+        """Whose rows still grow."""
         name, step = parse_file_name(path.name), parse_step_name(path.parent.name)
         assert name is not None
         assert step is not None
@@ -56,7 +58,10 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         """Each row as it is now."""
-        return iter([row if isinstance(row, Row) else self._settled(row) for row in self._by_id.values()])
+        rows = list(self._by_id.values())
+        if self._unended:
+            rows = [row if isinstance(row, Row) else self._settled(row) for row in rows]
+        return iter(cast(list[Row], rows))
 
     def events_of(self, key: str) -> int:
         """Events so far of a trajectory that has not ended."""
@@ -73,6 +78,7 @@ class Rows:
         if kind == "traj_start":
             self._by_id.pop(key, None)
             self._by_id[key] = _new_row(event)
+            self._unended.add(key)
         row = self._by_id.get(key)
         if row is None or isinstance(row, Row):  # nothing follows an end
             return
@@ -91,6 +97,7 @@ class Rows:
         elif kind == "traj_end":
             ended = {name: event[name] for name in _TOLD_AT_END}
             self._by_id[key] = self._settled(row | ended | {"complete": True})
+            self._unended.discard(key)
 
     def scan(self) -> None:
         """Read on from `size` to the last whole line of the file."""
@@ -134,16 +141,19 @@ class Rows:
             ids = columns[0] if columns else []
             full = [repeat(column[0], len(ids)) if len(column) == 1 else column for column in columns]
             shared = [repeat(value, len(ids)) for value in self._shared]
-            rows: dict[str, Row] = dict(zip(ids, map(_new, zip(*full, *shared, strict=True)), strict=True))
-            if len(rows) != head["rows"]:
+            by_id: dict[str, Row | Growing] = dict(zip(ids, map(_new, zip(*full, *shared, strict=True)), strict=True))
+            if len(by_id) != head["rows"]:
                 return
-            by_id: dict[str, Row | Growing] = {**rows}
+            unended: set[str] = set()
             if columns and columns[_COMPLETE] != [True]:
-                by_id = {key: row if row.complete else self._growing(row) for key, row in rows.items()}
+                growing: dict[str, Row | Growing] = {
+                    key: self._growing(row) for key, row in by_id.items() if isinstance(row, Row) and not row.complete
+                }
+                by_id, unended = by_id | growing, set(growing)
             size, bad_lines, pieces = head["size"], list(head["bad_lines"]), [(offset, n) for offset, n in head["pieces"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
-        self.size, self.bad_lines, self.pieces, self._by_id = size, bad_lines, pieces, by_id
+        self.size, self.bad_lines, self.pieces, self._by_id, self._unended = size, bad_lines, pieces, by_id, unended
 
     def _settled(self, row: Growing) -> Row:
         """A snapshot: `row` may go on being counted up while the run is written."""
