@@ -118,11 +118,11 @@ class Split:
         return told
 
 
-def start(kind: str, folder: Path, load_format: str, more: dict[str, Any] | None = None) -> Engine:
+def start(kind: str, folder: Path, load_format: str, more: dict[str, Any] | None = None, *, weight_version: int = 0) -> Engine:
     if kind == "local":
         from agentloop.engines.local import LocalEngine
 
-        return LocalEngine.load(str(folder), stop_token_ids=(), threads=1)
+        return LocalEngine.load(str(folder), stop_token_ids=(), threads=1, weight_version=weight_version)
     from agentloop.engines.sglang import SGLangEngine
 
     settings = {
@@ -136,7 +136,7 @@ def start(kind: str, folder: Path, load_format: str, more: dict[str, Any] | None
         "enable_return_routed_experts": True,
         "log_level": "warning",
     } | (more or {})
-    return SGLangEngine.load(str(folder), settings=settings, ignore_eos=True)
+    return SGLangEngine.load(str(folder), settings=settings, ignore_eos=True, weight_version=weight_version)
 
 
 class Bench(Result):

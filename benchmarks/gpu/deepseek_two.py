@@ -4,7 +4,6 @@ other GPU, and an engine on both. Written against SGLang 0.5.12."""
 from __future__ import annotations
 
 import asyncio
-import socket
 import statistics
 import threading
 from collections.abc import Callable
@@ -13,8 +12,9 @@ from time import perf_counter
 from typing import Any
 
 from agentloop.engines.base import Sampling
+from agentloop.engines.sglang import SGLangEngine
 from agentloop.engines.sglang_weights import Names, buckets
-from agentloop.errors import EngineError
+from agentloop.engines.update_group import UpdateGroup, free_port
 from benchmarks.gpu.deepseek_model import SHAPES, log_probs, per_expert, shift, trainer, write_folder
 from benchmarks.gpu.engine_support import summary
 from benchmarks.gpu.weights import furthest, prompt
@@ -46,84 +46,49 @@ async def aside(call: Callable[[], Any]) -> Any:
     return await asyncio.wait_for(done, WAIT_S)
 
 
-async def both(name: str, answer: Any, own: Any) -> Any:
-    """SGLang's side of a collective call and ours, at once; ours is the result. `EngineError` names the call that refused."""
-
-    async def accepted() -> None:
-        success, message = await asyncio.wait_for(answer, WAIT_S)
-        if not success:
-            raise EngineError(f"{name}: {message}")
-
-    _, result = await asyncio.gather(accepted(), own)
-    return result
-
-
 def stuck() -> bool:
     """Whether a call to NCCL is left that nobody answers, with which a program does not end."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 class Nccl:
-    """This process as rank 0, an engine's schedulers as the others."""
+    """This process as rank 0, an engine's schedulers as the others: what `DistributedPlan` is made of, without its manager."""
 
-    def __init__(self, engine: Any, world: int) -> None:
-        self.engine, self.world, self.group = engine, world, None
+    def __init__(self, engine: SGLangEngine) -> None:
+        self.member = engine.group_member()
+        self.group: Any = None
+        self.version = engine.weight_version
 
     async def open(self) -> None:
-        from sglang.srt.managers.io_struct import InitWeightsUpdateGroupReqInput  # type: ignore[import-not-found, unused-ignore]
-        from sglang.srt.utils import init_custom_process_group  # type: ignore[import-not-found, unused-ignore]
+        port, ranks = free_port(), 1 + await self.member.ranks()
+        where = ("127.0.0.1", port)
 
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        request = InitWeightsUpdateGroupReqInput(
-            master_address="127.0.0.1", master_port=port, rank_offset=1, world_size=self.world, group_name=GROUP, backend="nccl"
-        )
-
-        def own() -> Any:
+        def own() -> UpdateGroup:
             import torch
 
             torch.cuda.set_device(0)
-            return init_custom_process_group(
-                backend="nccl", init_method=f"tcp://127.0.0.1:{port}", world_size=self.world, rank=0, group_name=GROUP
-            )
+            return UpdateGroup(*where, rank=0, ranks=ranks, name=GROUP, backend="nccl", timeout_s=WAIT_S)
 
-        answer = self.engine._control(self.engine._manager.init_weights_update_group(request, None))
-        self.group = await both("init_weights_update_group", answer, aside(own))
+        theirs = self.member.join(*where, first=1, ranks=ranks, name=GROUP, backend="nccl")
+        self.group, _ = await asyncio.gather(aside(own), asyncio.wait_for(theirs, WAIT_S))
 
     async def update(self, weights: Any) -> tuple[float, int]:
         """Seconds, and calls. A layer is never split."""
-        import torch
-        from sglang.srt.managers.io_struct import UpdateWeightsFromDistributedReqInput
-
-        await self.engine._drain()
+        await self.member.begin()
         began, calls = perf_counter(), 0
         async for piece in buckets(weights, Names(None), lambda tensor: tensor.detach().contiguous(), BUCKET_BYTES):
-            request = UpdateWeightsFromDistributedReqInput(
-                names=[name for name, _ in piece],
-                dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in piece],
-                shapes=[list(tensor.shape) for _, tensor in piece],
-                group_name=GROUP,
-                flush_cache=False,
-            )
-
-            def own(piece: Any = piece) -> None:
-                torch.cuda.set_device(0)
-                waiting = [torch.distributed.broadcast(tensor, src=0, group=self.group, async_op=True) for _, tensor in piece]
-                for handle in waiting:
-                    handle.wait()
-                torch.cuda.synchronize(0)
-
-            answer = self.engine._control(self.engine._manager.update_weights_from_distributed(request, None))
-            await both("update_weights_from_distributed", answer, aside(own))
+            tensors = [tensor for _, tensor in piece]
+            names, dtypes = [name for name, _ in piece], [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+            theirs = self.member.receive(names, dtypes, [list(tensor.shape) for tensor in tensors], name=GROUP)
+            mine = aside(lambda tensors=tensors: self.group.broadcast(tensors))  # type: ignore[misc]
+            await asyncio.gather(mine, asyncio.wait_for(theirs, WAIT_S))
             calls += 1
+        self.version += 1
+        await self.member.end(self.version)
         return perf_counter() - began, calls
 
     async def close(self) -> None:
-        from sglang.srt.managers.io_struct import DestroyWeightsUpdateGroupReqInput
-
-        request = DestroyWeightsUpdateGroupReqInput(group_name=GROUP)
-        await asyncio.wait_for(self.engine._control(self.engine._manager.destroy_weights_update_group(request, None)), WAIT_S)
+        await asyncio.wait_for(self.member.leave(GROUP), WAIT_S)
 
 
 def between(count: int = 1 << 30) -> float:
@@ -171,7 +136,7 @@ async def over_nccl(folder: Path, size: str) -> dict[str, Any]:
     engine: Any = start("sglang", folder, "dummy", {"base_gpu_id": 1})
     found: dict[str, Any] = {"size": size, "bytes": moved, "copy_gb_per_s": round(bandwidth / 1e9, 1)}
     found["start_s"] = round(perf_counter() - began, 1)
-    group = Nccl(engine, 2)
+    group = Nccl(engine)
     try:
         await engine.generate(prompt(64, 5), Sampling(8), trajectory_id="warm")
         began = perf_counter()
@@ -195,7 +160,7 @@ async def over_nccl(folder: Path, size: str) -> dict[str, Any]:
             "against_transformers": landed,
         }
         began = perf_counter()
-        await engine.update_weights(per_expert(model.state_dict().items()), 1)
+        await engine.update_weights(per_expert(model.state_dict().items()), group.version + 1)
         found["by_handles_s"] = round(perf_counter() - began, 4)  # copied to the engine's GPU first
         found["by_handles_against_transformers"] = summary(apart(await scores(engine), reference(model)))
         await group.close()
