@@ -31,6 +31,10 @@ OPEN_FILES = 8
 """Steps whose files are kept open at a time."""
 TOGETHER = 64
 """Events that are written together at most, if they wait."""
+GATHER_S = 0.1
+"""How long the thread waits for more when one event comes alone, other than a trajectory's end. Where tools are slow events come
+one by one, and each time that the thread wakes it takes the interpreter from the event loop and writes to two files: 0.4 ms of
+processor time an event, and 0.2 ms with this (900 events, 100 a second)."""
 KEPT_STEPS = 64
 """Steps of which the rows are kept in memory; of older ones only which trajectories are still open."""
 
@@ -114,6 +118,8 @@ class JournalWriter:
         self._reported: set[str] = set()
         self._told: weakref.WeakKeyDictionary[Trajectory, _Told] = weakref.WeakKeyDictionary()
         self._queue: queue.SimpleQueue[_Event | threading.Event | None] = queue.SimpleQueue()
+        self._at_once = threading.Event()
+        """A trajectory has ended, or somebody waits for what was told so far."""
         self._queue_limit = queue_limit
         self._decode = decode
         self._compressor = zstandard.ZstdCompressor(level=LEVEL)
@@ -202,6 +208,7 @@ class JournalWriter:
             return not self._thread.is_alive()
         done = threading.Event()
         self._queue.put(done)
+        self._at_once.set()
         return done.wait(timeout)
 
     def close(self, timeout: float | None = 60.0) -> None:
@@ -210,6 +217,7 @@ class JournalWriter:
             self._closed = True
             atexit.unregister(self.close)
             self._queue.put(None)
+            self._at_once.set()
         self._thread.join(timeout)
         if self._thread.is_alive():
             self._report("close", f"{self._queue.qsize()} events were not written after {timeout} s")
@@ -256,6 +264,8 @@ class JournalWriter:
             return
         event = {"type": kind, "id": told.id, "t": time.time(), **body}
         self._queue.put(_Event(told.place, event, segments, everything, entropies))
+        if kind == "traj_end":
+            self._at_once.set()
 
     def _give_up(self, trajectory: Trajectory, error: Exception) -> None:
         if trajectory in self._told:
@@ -292,8 +302,11 @@ class JournalWriter:
 
     def _run(self) -> None:
         while True:
+            self._at_once.clear()  # before `get`: what is put and set from here on is in the queue or ends the wait
             item = self._queue.get()
             waiting: list[_Event] = []
+            if isinstance(item, _Event) and item.body["type"] != "traj_end" and self._queue.empty():
+                self._at_once.wait(GATHER_S)
             while isinstance(item, _Event):
                 waiting.append(item)
                 if len(waiting) == TOGETHER or self._queue.empty():

@@ -124,10 +124,10 @@ def test_a_disk_that_fails_does_not_stop_the_training(tmp_path: Path, caplog: py
     assert "the train side of step 3 could not be written" in caplog.text
 
 
-def quickstart(folder: Path, *overrides: str) -> list[dict[str, float]]:
-    """Two steps of the quickstart, of which the second samples with weights that the first has changed; verl's metrics."""
+def quickstart(folder: Path, *overrides: str) -> tuple[int, str]:
+    """Two steps of the quickstart, of which the second samples with weights that the first has changed; exit status and log."""
     from agentloop.verl.launch import make_plan
-    from agentloop.verl.process import parse_metrics, run
+    from agentloop.verl.process import run
     from examples.quickstart import make_data
 
     train, val = make_data.write(folder / "data", seed=1, train_rows=64, held_out_rows=8)
@@ -144,8 +144,14 @@ def quickstart(folder: Path, *overrides: str) -> list[dict[str, float]]:
     path, log = folder / "run.yaml", folder / "verl.log"
     path.write_text(yaml.safe_dump(content))
     plan = make_plan(path, overrides)
-    assert run(plan.command, plan.env, log) == 0, log.read_text()[-4000:]
-    return [parse_metrics(line) for line in log.read_text().splitlines() if "step:" in line and "timing_s/step:" in line]
+    return run(plan.command, plan.env, log), log.read_text()
+
+
+def metrics_of(log: str) -> list[dict[str, float]]:
+    """verl's, by step."""
+    from agentloop.verl.process import parse_metrics
+
+    return [parse_metrics(line) for line in log.splitlines() if "step:" in line and "timing_s/step:" in line]
 
 
 @pytest.mark.slow
@@ -162,7 +168,9 @@ def quickstart(folder: Path, *overrides: str) -> list[dict[str, float]]:
 )
 def test_both_sides_agree_turn_by_turn_in_a_run(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    metrics = quickstart(tmp_path, *overrides)
+    status, log = quickstart(tmp_path, *overrides)
+    assert status == 0, log[-4000:]
+    metrics = metrics_of(log)
     run, asynchronous = Run(tmp_path / "run"), any("async" in override for override in overrides)
     found = consistency(run)
     assert [step.step for step in found.steps] == [1, 2]
@@ -188,7 +196,7 @@ def test_both_sides_agree_turn_by_turn_in_a_run(tmp_path: Path, overrides: list[
             assert event["report"]["all"][name] == pytest.approx(getattr(figures, name))
         assert told["agentloop/consistency/beyond"] == 1
         assert [group["name"] for group in event["report"]["by"]["turn"]] == [turn.name for turn in step.turns]
-    assert "agentloop.consistency.max_abs=0" in (tmp_path / "verl.log").read_text()
+    assert "agentloop.consistency.max_abs=0" in log
     second = found.steps[1].sampled_by
     assert second is not None and asynchronous == (second[0] == 0)
     advantages = []
@@ -203,3 +211,17 @@ def test_both_sides_agree_turn_by_turn_in_a_run(tmp_path: Path, overrides: list[
         assert [advantage for _, advantage in group] == sorted(advantage for _, advantage in group), (
             "more reward, more advantage"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_beyond_a_threshold_ends_before_its_weights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    status, log = quickstart(tmp_path, "+agentloop.consistency.action=stop")
+    assert status != 0
+    assert metrics_of(log) == [], "the first step was not ended"
+    assert "ConsistencyError: step 1: trainer and rollout are too far apart: max_abs is " in log
+    assert "worst turn: turn " in log
+    (event,) = read_events(tmp_path / "run")
+    assert (event["step"], event["action"]) == (1, "stop")
+    assert [row.step for row in Run(tmp_path / "run").trajectories("train")] == [1] * 32, "what was sampled is in the record"
