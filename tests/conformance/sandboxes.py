@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -180,7 +180,8 @@ class SandboxPlace:
         if self._session is not None:
             return outcome_of(await self._session.run(code, timeout=timeout, fetch=fetch, files=files))
         limits = Limits(**{**self._limits, "timeout_s": timeout})
-        return outcome_of(await self._sandbox.run(code, limits=limits, fetch=fetch, files=files))
+        result = await self._sandbox.run(code, limits=limits, fetch=fetch, files=files)
+        return replace(outcome_of(result), queue_s=result.queue_s)  # a session's place was waited for when it was opened
 
     async def put(self, path: str, data: str) -> None:
         assert self._session is not None
