@@ -148,6 +148,8 @@ class WorkerPool:
 
     def _node(self) -> Node:
         loop = asyncio.get_running_loop()
+        for other in [other for other in self._nodes if other.is_closed()]:  # its connection would keep the pool alive
+            self._nodes.pop(other).drop()
         if loop not in self._nodes:
             service = "agentloop.sandboxes.killable:PoolService"
             self._nodes[loop] = Node(service, self._settings, scope="node", idle_s=self._idle_s, env={})
@@ -200,7 +202,9 @@ class _Worker:
         self.sock.close()
 
     def alive(self) -> bool:
-        return not select.select([self.pidfd], [], [], 0)[0]
+        looking = select.poll()  # `select.select` knows no descriptor above 1023
+        looking.register(self.pidfd, select.POLLIN)
+        return not looking.poll(0)
 
     def cpu_s(self) -> float | None:
         try:
@@ -239,6 +243,7 @@ class PoolService(Service):
         self._template: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._refilling: asyncio.Task[None] | None = None
+        self._stopped = False
         self._idle.append(await self._fork())
         self._refill()
 
@@ -306,6 +311,7 @@ class PoolService(Service):
                 worker.kill()
 
     async def stop(self) -> None:
+        self._stopped = True
         if self._refilling is not None:
             self._refilling.cancel()
         for worker in (*self._busy, *self._idle):
@@ -330,9 +336,24 @@ class PoolService(Service):
                 return  # the next call tries again, and tells its caller
 
     async def _fork(self) -> _Worker:
-        """A new worker. Raises `SandboxError` if the template cannot be started or does not answer."""
+        """A new worker. Raises `SandboxError` if the template cannot be started or does not answer. Cancelled meanwhile, the
+        template's answer is read all the same, or the next one that asks would get it."""
+        forking = asyncio.ensure_future(self._fork_one())
+        try:
+            return await asyncio.shield(forking)
+        except asyncio.CancelledError:
+            forking.add_done_callback(self._keep)
+            raise
+
+    def _keep(self, forking: asyncio.Future[_Worker]) -> None:
+        if not forking.cancelled() and forking.exception() is None:
+            self._idle.append(forking.result()) if not self._stopped else forking.result().kill()
+
+    async def _fork_one(self) -> _Worker:
         async with self._forking:
             for last in (False, True):
+                if self._stopped:
+                    raise SandboxError("the pool has ended")
                 control = self._control if self._alive() else await self._start_template()
                 assert control is not None
                 ours, theirs = socket.socketpair()

@@ -303,6 +303,13 @@ class Node:
         if self._channel is not None:
             self._channel.close()
 
+    def drop(self) -> None:
+        """End the connection where its event loop is closed already."""
+        self._closed = True
+        if self._channel is not None:
+            self._channel.closed = True
+            self._channel.sock.close()
+
     async def _request(self, method: str, params: Mapping[str, Any], fds: tuple[int, ...]) -> tuple[Any, list[int]]:
         try:
             channel = await self._connected()
@@ -540,6 +547,7 @@ class Daemon:
             return
         call = self._answer(served, number, str(frame.get("method", "")), frame.get("params") or {}, fds)
         task = asyncio.create_task(call)
+        task.add_done_callback(lambda _: self._answered(served, number, fds))  # a task that never began has no `finally`
         served.tasks[number] = task
         if len(served.tasks) >= MAX_PENDING and served.channel is not None:
             served.channel.pause()
@@ -549,7 +557,8 @@ class Daemon:
         assert channel is not None
         try:
             service = await asyncio.shield(self.ready)
-            given, fds = fds, []
+            given = fds.copy()
+            fds.clear()
             reply = await service.call_with_fds(served.client, method, params, given) if method else None
             if not isinstance(reply, Reply):
                 reply = Reply(reply)
@@ -564,11 +573,12 @@ class Daemon:
         except Exception as error:
             log.exception("a call of %r failed", method)
             channel.send({"id": number, "error": f"{type(error).__name__}: {error}", "kind": "SandboxError"})
-        finally:
-            _close_all(fds)
-            served.tasks.pop(number, None)
-            if len(served.tasks) < MAX_PENDING:
-                channel.resume()
+
+    def _answered(self, served: _Served, number: int, fds: list[int]) -> None:
+        _close_all(fds)
+        served.tasks.pop(number, None)
+        if len(served.tasks) < MAX_PENDING and served.channel is not None:
+            served.channel.resume()
 
     def _on_end(self, served: _Served) -> None:
         farewell = asyncio.create_task(self._farewell(served))

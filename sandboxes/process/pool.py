@@ -45,6 +45,8 @@ class Place:
     once: bool = False
     ready_since: float = 0.0
     ended: bool = False
+    born: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Its launcher has said that it is ready."""
 
     @property
     def name(self) -> str:
@@ -162,6 +164,9 @@ class Pool(Service):
         if place.ended:
             return
         place.ended = True
+        if not place.born.done():
+            place.born.set_exception(SandboxError(f"a place ended while it was made; see the log in {run_folder()}"))
+            place.born.exception()  # seen, also where nobody waits yet
         with contextlib.suppress(Exception):
             asyncio.get_running_loop().remove_reader(place.control)
         place.control.close()
@@ -220,11 +225,12 @@ class Pool(Service):
                 for fd in fds.values():
                     os.close(fd)
             ours.setblocking(False)
-            loop = asyncio.get_running_loop()
+            if not place.ended:
+                asyncio.get_running_loop().add_reader(ours, self._heard, place)
             async with asyncio.timeout(START_S):
-                if not await loop.sock_recv(ours, 64):
-                    raise SandboxError(f"a place ended while it was made; see the log in {run_folder()}")
-            loop.add_reader(ours, self._heard, place)
+                await place.born
+            if place.ended:
+                raise SandboxError(f"a place ended as soon as it was made; see the log in {run_folder()}")
         except BaseException:
             self._lose(place)
             if not place.pid:
@@ -241,10 +247,12 @@ class Pool(Service):
             return
         except OSError:
             message = b""
-        if message:
+        if not message:
+            self._lose(place)
+        elif place.born.done():
             self._back(place)
         else:
-            self._lose(place)
+            place.born.set_result(None)  # who makes it hands it out
 
     def _ended(self, place: Place) -> None:
         """Its launcher is dead, and with it every process of its namespace."""

@@ -8,6 +8,7 @@ import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agentloop.errors import nearest
@@ -56,16 +57,19 @@ class Wire:
             timer = self.loop.call_later(wait_s, self.close, f"the sandbox's place did not answer within {wait_s:.0f} s")
             if sent < len(data):
                 await self.loop.sock_sendall(self.sock, memoryview(data)[sent:])
+                sent = len(data)
             return await self._answer
         except OSError as error:
             self.close()
             raise SandboxError(f"the sandbox's place died: {error.strerror}") from None
         except asyncio.CancelledError:
-            if self._answer.done() or sent < len(data):
-                self.close()  # half a request was sent: nothing can follow it
-            else:
-                with contextlib.suppress(OSError, BlockingIOError):
-                    self.sock.send(wire.pack({"op": "kill", "id": self._last}))
+            kill = wire.pack({"op": "kill", "id": self._last})
+            try:
+                whole = sent == len(data) and self.sock.send(kill) == len(kill)
+            except OSError:
+                whole = False
+            if not whole:
+                self.close()  # after half a request nothing can follow
             raise
         finally:
             if timer is not None:
@@ -111,6 +115,8 @@ class WireSession(Session):
         self._take, self.limits, self._once = take, limits, once
         self._wire: Wire | None = None
         self._queue_s = 0.0
+        self._lost = False
+        """Its place was given up with a run that was cancelled, and nobody has been told."""
         self._turn = asyncio.Lock()
         self._closed = False
         self.begun: Callable[[], None] | None = None
@@ -177,9 +183,14 @@ class WireSession(Session):
                 assert self._wire is not None
                 answer, parts = await self._wire.ask(head, blobs, seconds + GRACE_S, ready)
                 queue_s, self._queue_s = self._queue_s, 0.0
-                return result(answer, parts, queue_s)
+                lost, self._lost = self._lost, False
+                made = result(answer, parts, queue_s)
+                return replace(made, state_lost=True) if lost else made
+            except asyncio.CancelledError:
+                self._lost = self._lost or (not self._once and self._wire is not None and self._wire.closed)
+                raise
             except SandboxError as error:
-                lost = not self._once
+                lost, self._lost = not self._once, False
                 more = "; the session's variables and files are gone" if lost else ""
                 return Result(Status.INFRA, error=f"{error}{more}", state_lost=lost)
 

@@ -67,8 +67,10 @@ def open_files(pid: int | str = "self") -> int:
 
 def dead_groups() -> set[str]:
     """Control groups of pools that live no more."""
+    # `os.walk` passes over what vanishes meanwhile. A pool that has just started is in the second list.
+    walk = os.walk("/sys/fs/cgroup")
+    found = {os.path.join(folder, name) for folder, names, _ in walk for name in names if name.startswith("agentloop-sandbox-")}
     alive = set(re.findall(r"@agentloop-sandbox-(\d+)", Path("/proc/net/unix").read_text()))
-    found = {str(path) for path in Path("/sys/fs/cgroup").glob("**/agentloop-sandbox-*") if path.is_dir()}
     return {path for path in found if path.rpartition("-")[2] not in alive}
 
 

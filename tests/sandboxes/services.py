@@ -16,7 +16,7 @@ class Desk(Service):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         self.held: dict[Client, int] = {}
-        self.cancelled = 0
+        self.begun = self.cancelled = 0
 
     async def call(self, client: Client, method: str, params: dict[str, Any]) -> Any:
         match method:
@@ -25,9 +25,12 @@ class Desk(Service):
             case "hold":
                 self.held[client] = self.held.get(client, 0) + 1
                 return None
+            case "begun":
+                return self.begun
             case "count":
                 return {"held": sum(self.held.values()), "cancelled": self.cancelled}
             case "sleep":
+                self.begun += 1
                 try:
                     await asyncio.sleep(params["s"])
                 except asyncio.CancelledError:

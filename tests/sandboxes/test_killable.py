@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from agentloop.sandboxes.base import SandboxError
-from agentloop.sandboxes.killable import WorkerCrash, WorkerOutOfMemory, WorkerPool, WorkerTimeout, run_blocking
+from agentloop.sandboxes.killable import PoolService, WorkerCrash, WorkerOutOfMemory, WorkerPool, WorkerTimeout, run_blocking
 
 TARGETS = str(Path(__file__).parent)
 
@@ -121,6 +122,35 @@ async def test_cancelling_a_call_kills_its_worker() -> None:
         assert await pool.call(1) == 1
     finally:
         await pool.close()
+
+
+async def test_a_call_that_is_cancelled_while_its_worker_is_made_mixes_up_no_others() -> None:
+    pool = make(workers=2)
+    service = PoolService(pool._settings)
+    await service.start()
+    try:
+        assert service._refilling is not None
+        await service._refilling
+        cancelled = asyncio.create_task(service._fork())
+        await asyncio.sleep(0)  # it has begun
+        await asyncio.sleep(0)  # the template is asked
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        for _ in range(3):
+            worker = await service._fork()
+            answer = await service._ask(worker, json.dumps(["pid", 0]).encode())
+            assert answer["value"] == worker.pid, "whom it would kill is who works"
+    finally:
+        await service.stop()
+
+
+def test_an_event_loop_that_was_closed_keeps_no_connection() -> None:
+    pool = make(scope="node")
+    for _ in range(3):
+        asyncio.run(pool.call(0))
+    nodes = list(pool._nodes.values())
+    assert len(nodes) == 1, "those of closed loops went when the next one came"
 
 
 async def test_workers_are_recycled() -> None:

@@ -39,6 +39,12 @@ async def gone(pid: int) -> bool:
     return False
 
 
+async def begun(node: Node) -> None:
+    """Wait until a call of `sleep` is under way there."""
+    while not await node.call("begun"):  # noqa: ASYNC110 - it happens in another process
+        await asyncio.sleep(0.01)
+
+
 async def freed(node: Node) -> None:
     for _ in range(200):
         if await node.call("count") == {"held": 0, "cancelled": 1}:
@@ -70,7 +76,7 @@ async def test_what_a_client_held_is_freed_when_it_goes():
     node, other = await asyncio.gather(desk(), desk())
     await other.call("hold")
     task = asyncio.create_task(other.call("sleep", {"s": 60}))
-    await asyncio.sleep(0.05)
+    await begun(node)
     assert (await node.call("count"))["held"] == 1
     await other.close()
     with pytest.raises(SandboxError):
@@ -94,6 +100,7 @@ asyncio.run(main())
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert (await process.stdout.readline()).strip() == b"held"
+    await begun(node)
     assert (await node.call("count"))["held"] == 1
     process.send_signal(signal.SIGKILL)
     await process.wait()
@@ -103,9 +110,26 @@ asyncio.run(main())
 
 async def test_cancelling_a_call_cancels_it_there():
     node = await desk()
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(node.call("sleep", {"s": 60}), 0.1)
+    task = asyncio.create_task(node.call("sleep", {"s": 60}))
+    await begun(node)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert (await node.call("count"))["cancelled"] == 1
+    await node.close()
+
+
+async def test_calls_that_are_cancelled_before_they_begin_leave_room_for_others():
+    node = await desk()
+    await node.call("echo")
+    for _ in range(8):
+        tasks = [asyncio.create_task(node.call("sleep", {"s": 60})) for _ in range(200)]
+        await asyncio.sleep(0)  # all requests are sent; the daemon reads them and what cancels them in one piece
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(10):
+        assert (await node.call("echo", {"a": 1}))["a"] == 1
     await node.close()
 
 

@@ -309,6 +309,31 @@ async def test_cancelling_kills_the_run_and_not_the_session(sandbox: Sandbox):
         assert result.value == "42"
 
 
+async def test_cancelling_keeps_the_files_and_tells_that_variables_are_lost(sandbox: Sandbox):
+    async with sandbox.session() as session:
+        await session.run("x = 1")
+        await session.put("kept", "here")
+        task = asyncio.create_task(session.run("while True: pass"))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        result = await session.run("open('kept').read(), 'x' in globals()")
+        assert (result.value, result.state_lost) == ("('here', False)", True)
+        assert not (await session.run("1")).state_lost
+
+
+async def test_a_place_that_is_given_up_with_a_cancelled_run_is_told_of(sandbox: Sandbox):
+    async with sandbox.session() as session:
+        await session.run("x = 1")
+        task = asyncio.create_task(session.run("while True: pass", stdin="x" * 20_000_000))  # more than a socket takes at once
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await session.run("1")).state_lost
+
+
 async def test_nothing_is_left_of_a_killed_client(sandbox: Sandbox, tmp_path):
     marker = f"{time.time_ns()}"
     code = f"""
