@@ -28,12 +28,13 @@ ANSWER = "```python\nimport time\ndef f(n):\n    time.sleep(6)\n    return 1\n``
 QUICK = "```python\ndef f(n):\n    return 1\n```"
 
 
-def daemons() -> set[int]:
-    """The pools' daemons of this machine."""
+def daemons(folder: str) -> set[int]:
+    """The pools' daemons whose sockets are in `folder`."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if b"agentloop.sandboxes.node" in path.read_bytes():
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if "agentloop.sandboxes.node" in words and folder in words:
                 found.add(int(path.parent.name))
     return found
 
@@ -86,8 +87,9 @@ async def breaking(kind: str) -> AsyncIterator[tuple[dict[str, Any], Any]]:
             yield {"kind": "docker", "scope": "process", "host": address, "start_timeout_s": 10}, end
         return
     if kind == "process":
-        before = daemons()
-        yield {"kind": "process", "scope": "process"}, lambda: kill(daemons() - before)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AGENTLOOP_RUN_DIR", folder)
+            yield {"kind": "process", "scope": "process"}, lambda: kill(daemons(folder))
         return
     service = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -166,9 +166,9 @@ async def test_a_service_that_fails_again_and_again_is_left_alone() -> None:
 
 
 async def test_one_deadline_covers_every_attempt() -> None:
-    async with peer(lambda *_: http(429, b"{}", Retry_After="1")) as full:
-        async with remote(full.url, overhead_s=0.5, compile_timeout_s=0.1, max_attempts=100) as sandbox:
-            result = await asyncio.wait_for(sandbox.run("1", timeout=0.5), 5)
+    async with peer(lambda *_: http(429, b"{}", Retry_After="1.5")) as full:
+        async with remote(full.url, overhead_s=1.9, compile_timeout_s=0.1, max_attempts=100) as sandbox:
+            result = await asyncio.wait_for(sandbox.run("1", timeout=0.5), 10)
         assert result.status is Status.INFRA
         assert "429" in result.error
         assert len(full.requests) == 2

@@ -32,6 +32,11 @@ async def post(http: aiohttp.ClientSession, url: str, **body: Any) -> tuple[int,
         return response.status, await response.json()
 
 
+async def metrics(http: aiohttp.ClientSession, url: str) -> str:
+    async with http.get(f"{url}/metrics") as response:
+        return await response.text()
+
+
 async def test_it_answers_as_sandbox_fusion_does(server: Server, http: aiohttp.ClientSession) -> None:
     code = "import sys\nprint(sys.stdin.read() + open('in.txt').read())\nopen('out.txt', 'w').write('made')\n1"
     files = {"in.txt": base64.b64encode(b"file").decode()}
@@ -70,8 +75,7 @@ async def test_beyond_the_queue_it_says_when_to_come_again(server: Server, http:
         assert response.status == 429
         assert int(response.headers["Retry-After"]) >= 1
     assert [said["status"] for _, said in await asyncio.gather(*sleeping)] == ["Success", "Success"]
-    async with http.get(f"{server.url}/metrics") as response:
-        text = await response.text()
+    text = await metrics(http, server.url)
     assert 'agentloop_sandbox_refused_total{code="429"} 1.0' in text
     assert 'agentloop_sandbox_runs_total{status="ok"} 2.0' in text
     assert "agentloop_sandbox_running 0.0" in text
@@ -86,12 +90,18 @@ async def test_a_client_that_hangs_up_frees_its_place(server: Server, http: aioh
 
 
 async def test_told_to_stop_it_finishes_what_it_began(server: Server, http: aiohttp.ClientSession) -> None:
-    running = asyncio.create_task(post(http, server.url, code="import time; time.sleep(1.5); print('finished')"))
-    await asyncio.sleep(0.5)
+    running = asyncio.create_task(post(http, server.url, code="import time; time.sleep(4); print('finished')"))
+    for _ in range(200):
+        if "agentloop_sandbox_running 1.0" in await metrics(http, server.url):
+            break
+        await asyncio.sleep(0.05)
     server.terminate()
-    await asyncio.sleep(0.3)
-    async with http.get(f"{server.url}/v1/ping") as response:
-        assert response.status == 503
+    for _ in range(60):
+        async with http.get(f"{server.url}/v1/ping") as response:
+            if response.status == 503:
+                break
+        await asyncio.sleep(0.05)
+    assert response.status == 503
     async with http.post(f"{server.url}/run_code", json={"code": "1", "language": "python"}) as response:
         assert (response.status, "Retry-After" in response.headers) == (503, True)
     assert (await running)[1]["run_result"]["stdout"] == "finished\n"
