@@ -370,6 +370,8 @@ class Driver:
         self.counters = Counters()
         self.open_files = 256
         self.python: Child | None = None
+        self.untold = False
+        """A run that was cancelled has cost the variables; nobody reads its answer, so the next one tells it."""
         self.writing: tuple[int, int, str, str] | None = None
         """The file that a `put` in several frames writes: descriptor, folder's descriptor, temporary name, name."""
 
@@ -517,6 +519,7 @@ class Driver:
         if self.python is not None and self.python.status is not None:
             self.forget_python()
             state_lost = not request["last"]
+        state_lost, self.untold = state_lost or self.untold, ended == "killed" and (state_lost or self.untold)
         if answer.get("value") is not None:
             answer["value"] = answer["value"].encode()[: request["value_bytes"]].decode("utf-8", "ignore")
         cpu_now = self.counters.cpu_s()

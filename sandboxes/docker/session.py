@@ -6,6 +6,7 @@ import asyncio
 import errno
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agentloop.sandboxes.base import Limits, Result, SandboxError, Session, Status
@@ -27,6 +28,8 @@ class DockerSession(Session):
         self._limits = limits
         self._in: Pool | None = None
         self._lock = asyncio.Lock()
+        self._untold = False
+        """Its container was thrown away after a run that was cancelled, and nobody has been told."""
         self._place = -1
         self._container: Container | None = None
         self._runs = 0
@@ -97,7 +100,9 @@ class DockerSession(Session):
             try:
                 container = await self._living()
                 async with asyncio.timeout(limit_s + _GRACE_S + (len(wanted) + len(fetched)) * _GRACE_S):
-                    return await self._exchange(container, request, wanted, fetched)
+                    made = await self._exchange(container, request, wanted, fetched)
+                untold, self._untold = self._untold, False
+                return replace(made, state_lost=True) if untold else made
             except Gone:
                 return await self._lost(began)
             except TimeoutError:
@@ -151,9 +156,10 @@ class DockerSession(Session):
         if self._in is None:
             raise SandboxError("docker: the session is not open")
         if self._container is None:
-            made = await self._in.container(self._limits)
+            pool = self._in
+            made = await pool.container(self._limits)
             if self._closed:
-                await made.remove()
+                await pool.discard(made)
                 raise SandboxError("docker: the session was closed")
             self._container = made
             self._runs = 0
@@ -184,6 +190,7 @@ class DockerSession(Session):
                 await container.channel.tell("kill")
                 await container.channel.ask("nothing")  # answered after the run's own answer
         except (Gone, TimeoutError, asyncio.CancelledError):
+            self._untold = True
             await self._throw_away()
 
     async def close(self) -> None:
