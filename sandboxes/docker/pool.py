@@ -87,7 +87,8 @@ class Pool:
         """Those that are open."""
         self._spares: list[Container] = []
         self._making = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
+        """What `close` waits for."""
         self._closed = False
 
     async def place(self) -> int:
@@ -109,7 +110,25 @@ class Pool:
                     return spare
                 self.in_background(spare.remove())
         self.refill()
-        return await Container.make(self._engine, self._config, limits)
+        return await self._make(limits)
+
+    async def _make(self, limits: Limits) -> Container:
+        """A container made now; if the pool was closed meanwhile, it is removed before `close` returns."""
+        making: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks.add(making)
+        try:
+            made = await Container.make(self._engine, self._config, limits)
+            if self._closed:
+                await self.discard(made)
+                raise SandboxError("docker: the sandbox is closed")
+            return made
+        finally:
+            self._tasks.discard(making)
+            making.cancel()
+
+    async def discard(self, container: Container) -> None:
+        """Remove it, also if the caller is cancelled."""
+        await asyncio.shield(self.in_background(container.remove()))
 
     def keep(self, container: Container) -> None:
         """A container that nothing has run in yet becomes a spare."""
@@ -135,11 +154,12 @@ class Pool:
         else:
             self._spares.append(spare)
 
-    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Do `work` while others go on; `close` waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def close(self) -> None:
         """End everything: sessions, spares, and what goes on in the background."""

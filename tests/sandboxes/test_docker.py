@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from agentloop.errors import ConfigError
-from agentloop.sandboxes import Limits, SandboxError, Session, Status, load_sandbox
+from agentloop.sandboxes import Limits, Result, SandboxError, Session, Status, load_sandbox
 from agentloop.sandboxes.docker import DockerConfig, DockerSandbox
 from agentloop.sandboxes.docker.engine import Engine
 from agentloop.sandboxes.docker.owner import OWNER, SANDBOX
@@ -129,13 +129,15 @@ async def test_stdin_is_of_one_run(session: Session) -> None:
 
 
 async def test_a_cancelled_run_ends_and_the_session_goes_on(session: Session) -> None:
-    await session.run("open('f', 'w').write('kept')")
+    await session.run("x = 1; open('f', 'w').write('kept')")
     run = asyncio.create_task(session.run("import time\nopen('began', 'w')\ntime.sleep(60)"))
     await asyncio.sleep(0.5)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
-    assert (await session.run("open('f').read()")).value == "'kept'"
+    result = await session.run("open('f').read(), 'x' in globals()")
+    assert (result.value, result.state_lost) == ("('kept', False)", True)
+    assert not (await session.run("1")).state_lost
 
 
 async def test_wrong_arguments_are_refused_before_anything_runs(session: Session) -> None:
@@ -295,6 +297,32 @@ async def test_as_many_containers_as_configured_and_none_afterwards(docker_host:
         await asyncio.sleep(0.1)
         cancelled.cancel()
     assert await ours(engine) == set()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.25])
+async def test_closed_while_sessions_open_it_leaves_no_container(docker_host: str, engine: Engine, after_s: float) -> None:
+    async with sandbox(docker_host) as docker:
+        limits = Limits(memory_mb=100)  # no spare has these
+        opening = asyncio.create_task(docker.session(limits).open())
+        running = asyncio.create_task(docker.run("1", limits=limits))
+        await asyncio.sleep(after_s)
+        await docker.close()
+        assert await ours(engine) == set()
+        opened, ran = await asyncio.gather(opening, running, return_exceptions=True)
+        assert opened is None or (isinstance(opened, SandboxError) and "the sandbox is closed" in str(opened))
+        assert isinstance(ran, Result) and ran.status in (Status.INFRA, Status.OK)
+
+
+async def test_a_session_closed_while_it_opens_leaves_no_container(docker_host: str, engine: Engine) -> None:
+    async with sandbox(docker_host) as docker:
+        session = docker.session(Limits(memory_mb=100))
+        opening = asyncio.create_task(session.open())
+        await asyncio.sleep(0.1)
+        await session.close()
+        await docker.close()
+        assert await ours(engine) == set()
+        with pytest.raises(SandboxError, match="docker: the s[a-z]+ (is|was) closed"):
+            await opening
 
 
 @pytest.mark.slow
