@@ -321,7 +321,7 @@ async def test_a_session_closed_while_it_opens_leaves_no_container(docker_host: 
         await session.close()
         await docker.close()
         assert await ours(engine) == set()
-        with pytest.raises(SandboxError, match="docker: the s[a-z]+ (is|was) closed"):
+        with pytest.raises(SandboxError, match=r"docker: the s[a-z]+ (is|was) closed"):
             await opening
 
 
