@@ -167,6 +167,11 @@ class RemoteSandbox(Sandbox):
         kind = StillThere if failure.wait_s else SandboxError
         raise kind(f"remote: {failure}") from failure
 
+    async def end(self, home: Endpoint, path: str, seconds: float) -> None:
+        """End a session at `home`; also while the sandbox closes, when nothing else is sent any more. Raises `Failed`."""
+        if self._endpoints is not None:
+            await self._endpoints.send(home, "DELETE", path, timeout_s=seconds)
+
     async def _place(self, endpoints: Endpoints, avoid: list[Endpoint], deadline: float) -> Endpoint | None:
         """An endpoint that is up, waiting for one as long as the deadline allows."""
         while (endpoint := endpoints.place(avoid)) is None:

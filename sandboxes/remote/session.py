@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from agentloop.sandboxes.base import Limits, Result, SandboxError, Session, Status
@@ -32,6 +32,9 @@ class RemoteSession(Session):
         self._home: Endpoint | None = None
         self._path = ""
         self._opened = self._closed = False
+        self._opening: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        """What `close` waits for."""
 
     async def open(self) -> None:
         async with self._lock:
@@ -43,22 +46,38 @@ class RemoteSession(Session):
         if self._closed:
             raise SandboxError("remote: the session is closed")
         if self._home is None:
-            body = {"limits": self._limits.model_dump(exclude_none=True)}
-            reply, endpoint = await self._sandbox.ask("POST", "/sessions", self._sandbox.config.overhead_s, json=body)
-            if reply.status in (404, 405):
-                hint = "only `agentloop sandbox serve` keeps them; run code without a session, or use another endpoint"
-                raise SandboxError(f"{endpoint.url}: this service has no sessions; {hint}")
-            if reply.status != 201:
-                raise SandboxError(f"{endpoint.url}: it refuses a session ({reply.status}): {refusal(reply)}")
-            self._path = f"/sessions/{reply.json()['session']}"
-            self._home = endpoint
-            endpoint.running += 1
+            opening = self._opening = self._in_background(self._open())
+            try:
+                await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                self._opening = None
+                self._in_background(self._leave())  # if it was opened just now
+                raise
+            if self._home is None:
+                raise SandboxError("remote: the session is closed")
         return self._home
 
-    def _forget(self) -> None:
-        home, self._home = self._home, None
-        if home is not None:
-            home.running -= 1
+    async def _open(self) -> None:
+        """Open it somewhere, and end it there at once if nobody waits for it any more."""
+        body = {"limits": self._limits.model_dump(exclude_none=True)}
+        reply, endpoint = await self._sandbox.ask("POST", "/sessions", self._sandbox.config.overhead_s, json=body)
+        if reply.status in (404, 405):
+            hint = "only `agentloop sandbox serve` keeps them; run code without a session, or use another endpoint"
+            raise SandboxError(f"{endpoint.url}: this service has no sessions; {hint}")
+        if reply.status != 201:
+            raise SandboxError(f"{endpoint.url}: it refuses a session ({reply.status}): {refusal(reply)}")
+        path = f"/sessions/{reply.json()['session']}"
+        if self._closed or self._opening is not asyncio.current_task():
+            await self._end(endpoint, path)
+        else:
+            self._home, self._path = endpoint, path
+            endpoint.running += 1
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def run(
         self,
@@ -117,17 +136,26 @@ class RemoteSession(Session):
 
     async def _leave(self) -> None:
         """End it at its endpoint, as far as that can be reached."""
-        home, path = self._home, self._path
-        if home is None:
-            return
-        self._forget()
+        home, self._home = self._home, None
+        if home is not None:
+            home.running -= 1
+            await self._end(home, self._path)
+
+    async def _end(self, home: Endpoint, path: str) -> None:
         try:
-            endpoints = await self._sandbox.started()
-            await endpoints.send(home, "DELETE", path, timeout_s=_CLOSE_S)
+            await self._sandbox.end(home, path, _CLOSE_S)
         except (Failed, SandboxError) as error:
             logger.warning("a session may be left behind until it has idled long enough: %s", error)
 
     async def close(self) -> None:
         self._closed = True
-        await asyncio.shield(self._leave())
+        await asyncio.shield(self._end_all())
         self._sandbox.forget(self)
+
+    async def _end_all(self) -> None:
+        await self._leave()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
+                logger.warning("a session may be left behind until it has idled long enough: its service does not answer")

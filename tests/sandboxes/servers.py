@@ -67,6 +67,8 @@ class Peer:
 
     script: Callable[[int, str], bytes | None]
     url: str = ""
+    after_s: float = 0.0
+    """How long it takes to answer a request."""
     requests: list[str] = field(default_factory=list)
     """First lines, pings left out."""
 
@@ -81,6 +83,7 @@ class Peer:
             else:
                 self.requests.append(first)
                 reply = self.script(len(self.requests), first)
+                await asyncio.sleep(self.after_s)
                 if reply is not None:
                     writer.write(reply)
             await writer.drain()

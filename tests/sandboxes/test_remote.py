@@ -11,7 +11,7 @@ import pytest
 from agentloop.errors import ConfigError
 from agentloop.sandboxes import Limits, SandboxError, Status, load_sandbox
 from agentloop.sandboxes.remote import RemoteConfig, RemoteSandbox
-from tests.sandboxes.servers import http, peer, serving
+from tests.sandboxes.servers import Peer, http, peer, serving
 
 FAST = {"probe_interval_s": 0.1, "overhead_s": 5.0}
 OK = b'{"status":"Success","message":"","run_result":{"status":"Finished","execution_time":0.1,"return_code":0,"stdout":"hi"}}'
@@ -172,6 +172,60 @@ async def test_one_deadline_covers_every_attempt() -> None:
         assert result.status is Status.INFRA
         assert "429" in result.error
         assert len(full.requests) == 2
+
+
+def opens(number: int, line: str) -> bytes:
+    return http(201, b'{"session":"it"}') if line == "POST /sessions" else http(204, b"")
+
+
+async def test_a_session_closed_while_it_opens_ends_at_the_service() -> None:
+    async with peer(opens) as service, remote(service.url) as sandbox:
+        await sandbox.start()
+        service.after_s = 0.5
+        session = sandbox.session()
+        opening = asyncio.create_task(session.open())
+        await arrived(service, 1)
+        await session.close()
+        assert service.requests == ["POST /sessions", "DELETE /sessions/it"]
+        with pytest.raises(SandboxError, match="remote: the session is closed"):
+            await opening
+
+
+async def test_a_session_cancelled_while_it_opens_ends_at_the_service() -> None:
+    async with peer(opens) as service, remote(service.url) as sandbox:
+        await sandbox.start()
+        service.after_s = 0.5
+        session = sandbox.session()
+        opening = asyncio.create_task(session.open())
+        await arrived(service, 1)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(opening, 0.2)
+        await session.open()  # another one
+        await arrived(service, 3)
+        assert sorted(service.requests) == ["DELETE /sessions/it", "POST /sessions", "POST /sessions"]
+        await session.close()
+    assert service.requests.count("DELETE /sessions/it") == 2
+
+
+async def test_a_sandbox_that_closes_ends_its_sessions_at_the_service() -> None:
+    async with peer(opens) as service:
+        async with remote(service.url) as sandbox:
+            await sandbox.session().open()
+            service.after_s = 0.3
+            opening = asyncio.create_task(sandbox.session().open())
+            await arrived(service, 2)
+        assert service.requests.count("DELETE /sessions/it") == 2
+        with pytest.raises(SandboxError, match="remote: the session is closed"):
+            await opening
+
+
+async def arrived(service: Peer, count: int) -> None:
+    for _ in range(200):
+        if len(service.requests) >= count:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(service.requests)
 
 
 async def test_a_foreign_service_has_no_sessions_and_knows_sh_as_bash() -> None:
