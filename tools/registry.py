@@ -26,6 +26,7 @@ from agentloop.tools.function import FunctionTool, as_tool, load_function_file
 from agentloop.tools.policy import CircuitBreaker, RateLimit, ToolPolicy
 from agentloop.tools.session import ToolSession, ToolSessions
 from agentloop.trajectory import Sample
+from agentloop.waiting import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,9 @@ class ToolRegistry(ToolSessions):
         return self
 
     async def close(self) -> None:
-        """Let go of what the tools hold for the whole process (a sandbox, a server's process), each with its own guard. Once
-        no trajectory is under way; a tool that is used again starts again."""
+        """Let go of what the tools hold for the whole process (a sandbox, a server's process), each with its own guard, and to
+        the end, even if whoever waits is cancelled meanwhile. Once no trajectory is under way; a tool that is used again
+        starts again."""
 
         async def close(entry: Entry) -> None:
             try:
@@ -114,9 +116,8 @@ class ToolRegistry(ToolSessions):
             except Exception:
                 logger.warning("tool '%s': close failed", entry.name, exc_info=True)
 
-        await asyncio.gather(
-            *(close(entry) for entry in self if inspect.iscoroutinefunction(getattr(entry.tool, "close", None)))
-        )
+        closing = [close(entry) for entry in self if inspect.iscoroutinefunction(getattr(entry.tool, "close", None))]
+        await to_the_end(asyncio.gather(*closing))
 
     # -- what is in it --------------------------------------------------------------------------------------------------
 

@@ -32,9 +32,9 @@ OPEN_FILES = 8
 TOGETHER = 64
 """Events that are written together at most, if they wait."""
 GATHER_S = 0.1
-"""How long the thread waits for more when one event comes alone, other than a trajectory's end. Where tools are slow events
-come one by one, and each time that the thread wakes it takes the interpreter from the event loop and writes to two files: 0.4 ms
-of processor time an event, and 0.2 ms with this (900 events, 100 a second)."""
+"""How long the thread waits for more when one event comes alone, other than a trajectory's end. Where tools are slow, events
+come one by one, and each time that the thread wakes it takes the interpreter from the event loop and writes to two files:
+0.4 ms of processor time an event, and 0.2 ms with this (900 events, 100 a second)."""
 KEPT_STEPS = 64
 """Steps of which the rows are kept in memory; of older ones only which trajectories are still open."""
 

@@ -67,7 +67,7 @@ def browser(**options: Any) -> Iterator[Any]:
 
         context.route("**/*", route)
         context.refused = refused  # type: ignore[attr-defined]
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(40_000)
         try:
             yield context
         finally:

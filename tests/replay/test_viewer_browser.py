@@ -699,7 +699,7 @@ def test_errors_and_damage_are_said_and_the_rest_works(page: Any, site: Site) ->
 
 def test_a_busy_host_is_said_within_a_second_and_what_is_loaded_works(page: Any, site: Site) -> None:
     open_sample(page, site, "train/1/0_0", "conversation")
-    site.delay = 1.4
+    site.delay = 5.0
     page.evaluate("() => { void document.querySelector('#agentloop-replay').viewer.goto({key: 'train/2/2_2'}); }")
     page.wait_for_selector(".frame[data-busy]", timeout=2000)
     assert "No answer yet" in page.locator(".status-line").inner_text()

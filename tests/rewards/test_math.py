@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import AsyncIterator
@@ -459,11 +460,16 @@ async def test_no_bomb_holds_a_grader_or_the_event_loop(grader: Grader) -> None:
         assert reward.info["verdict"] in VERDICTS
         return reward.value
 
-    watching = asyncio.create_task(watch())
     values: list[float] = []
-    for start in range(0, len(texts), 8):
-        values += await asyncio.gather(*(one(text) for text in texts[start : start + 8]))
-    watching.cancel()
+    gc.collect()
+    gc.disable()  # a collection of all that the process has imported takes longer, and is nobody's here
+    try:
+        watching = asyncio.create_task(watch())
+        for start in range(0, len(texts), 8):
+            values += await asyncio.gather(*(one(text) for text in texts[start : start + 8]))
+        watching.cancel()
+    finally:
+        gc.enable()
     assert not any(values)
     assert worst_cpu < 0.020
     assert (await grader.grade("5", "5")).value == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -239,8 +240,11 @@ async def test_nothing_is_left_after_many_trajectories() -> None:
 
 def children() -> str:
     """The commands of our children."""
-    pids = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
-    return " ".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids if Path(f"/proc/{pid}").exists())
+    found = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread, or a child, that has just ended
+            found += [Path(f"/proc/{pid}/cmdline").read_text() for pid in file.read_text().split()]
+    return " ".join(found)
 
 
 # -- what a server may do to us -----------------------------------------------------------------------------------------

@@ -158,10 +158,13 @@ def test_over_the_processes_of_a_cluster(ray: Any, monkeypatch: pytest.MonkeyPat
     assert {status for status, _, _ in spans} == {"ok"} and most_at_once(spans) == 2
 
     # A dead process's permits come back.
-    dying, living = start(f"dies-{uuid4().hex[:6]}", 2, {"cluster_concurrency": 1})
+    dies = f"dies-{uuid4().hex[:6]}"
+    dying, living = start(dies, 2, {"cluster_concurrency": 1})
     ray.get(living.calls.remote(1, 0))
     dying.calls.remote(1, 3600)
-    time.sleep(1)
+    book = ray.get_actor(ACTOR, namespace=NAMESPACE)
+    while not ray.get(book.out.remote(dies)):
+        time.sleep(0.05)
     waiting = living.calls.remote(1, 0)
     assert not ray.wait([waiting], timeout=2)[0]
     ray.kill(dying)

@@ -204,6 +204,25 @@ async def test_closing_that_is_cancelled_releases_all_the_same(steps: int) -> No
     assert counter.instances == {}
 
 
+@pytest.mark.parametrize("steps", range(1, 5))
+async def test_a_registry_whose_closing_is_cancelled_closes_all_the_same(steps: int) -> None:
+    class Held(Counter):
+        closed = 0
+
+        async def close(self) -> None:
+            await asyncio.sleep(0.02)
+            self.closed += 1
+
+    held = Held()
+    closing = asyncio.create_task(ToolRegistry.from_tools([held]).close())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert held.closed == 1
+
+
 async def test_a_create_that_ends_too_late_is_released_all_the_same() -> None:
     finish = asyncio.Event()
 

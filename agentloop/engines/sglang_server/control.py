@@ -14,6 +14,7 @@ from agentloop.engines.sglang_server.http import Http, ServerLost, ServerRefused
 from agentloop.engines.sglang_server.replicas import Replica, Replicas
 from agentloop.engines.sglang_server.workers import rank
 from agentloop.errors import EngineError
+from agentloop.waiting import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +112,15 @@ class Control:
     async def catch_up(self, worker: str, version: str) -> str:
         """Give a worker that reports `version` the weights of the last update, if it has older ones. Newer ones come from
         somebody else's update and stay. What it has then."""
-        if self.target is None or rank(version) >= self.target.version:
-            return version
-        logger.warning("%s has weights '%s': bringing it to version %d", worker, version, self.target.version)
-        error = await self._try_update(worker, self.target, "abort", paused=False)
-        if error is not None:
-            raise EngineError(
-                f"has weights '{version}' and could not be brought to version {self.target.version}: {error}"
-            ) from error
-        return str(self.target.version)
+        while (target := self.target) is not None and rank(version) < target.version:  # it may move on meanwhile
+            logger.warning("%s has weights '%s': bringing it to version %d", worker, version, target.version)
+            error = await self._try_update(worker, target, "abort", paused=False)
+            if error is not None:
+                raise EngineError(
+                    f"has weights '{version}' and could not be brought to version {target.version}: {error}"
+                ) from error
+            version = str(target.version)
+        return version
 
     async def _try_update(self, worker: str, target: Target, mode: UpdateMode, *, paused: bool) -> EngineError | None:
         """Pause, update, go on; the error if the worker refused. The update itself must not flush the cache: if a request is
@@ -137,7 +138,7 @@ class Control:
             return error
         finally:
             if not paused:
-                await self._post(worker, "/continue_generation")
+                await to_the_end(self._post(worker, "/continue_generation"))
         if not (isinstance(answer, dict) and answer.get("success")):
             return EngineError(f"{worker}: the weight update failed: {answer}")
         return None
@@ -177,7 +178,11 @@ class Control:
                 else:
                     answers[worker] = result
 
-        await asyncio.gather(*(one(replica) for replica in self._replicas.all if replica.up))
+        acting = [asyncio.ensure_future(one(replica)) for replica in self._replicas.all if replica.up]
+        try:
+            await asyncio.gather(*acting)
+        finally:  # cancelled, they still have to let their servers go on
+            await asyncio.gather(*acting, return_exceptions=True)
         if errors:
             raise errors[0]
         if not answers:

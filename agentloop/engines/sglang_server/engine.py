@@ -25,6 +25,7 @@ from agentloop.engines.sglang_server.replicas import Replicas
 from agentloop.engines.sglang_server.workers import Limits, limits, number, rank, version
 from agentloop.errors import EngineError, nearest
 from agentloop.trajectory import StopReason
+from agentloop.waiting import to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -341,10 +342,10 @@ class SGLangServerEngine(Engine):
             await self.abort_all()
             await self._control.release_memory(new, rested=rested)
             self._asleep.update(new)
-        except EngineError:
+        except BaseException:
             if not rested:
                 with contextlib.suppress(EngineError):
-                    await self._control.continue_generation()
+                    await to_the_end(self._control.continue_generation())
             raise
         finally:
             self._resting = bool(self._asleep)
@@ -400,6 +401,7 @@ class SGLangServerEngine(Engine):
         clock = asyncio.get_running_loop()
         deadline = clock.time() + self.config.unavailable_s
         while self._limits is None:
+            self._check_open("was")
             replica = next((replica for replica in self._replicas.all if replica.up), None)
             if replica is None:
                 await asyncio.wait({self._replicas.bell.next()}, timeout=max(deadline - clock.time(), 0.0))

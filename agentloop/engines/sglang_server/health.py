@@ -86,9 +86,10 @@ class Prober:
         if replica.is_router:
             await http.get(replica.url, "/readiness", timeout_s=config.probe_timeout_s)
             replica.workers = await router_workers(http, replica.url, config.probe_timeout_s) or replica.workers
-        versions = await asyncio.gather(*(self._version(worker, alone=not replica.is_router) for worker in replica.workers))
+        versions = await self._versions(replica)
         if not replica.is_router and not self._resting():
             await http.get(replica.url, "/health", timeout_s=config.health_timeout_s)
+            versions = await self._versions(replica)  # `/health` waits while generation is paused, for a whole update maybe
         if self._changing():  # an update began meanwhile: what was read may be of before
             return
         told = [
@@ -101,6 +102,9 @@ class Prober:
             orphans, replica.orphans = replica.orphans, []
             if not await self._sender.abort(replica.workers, orphans):
                 replica.orphans = orphans + replica.orphans
+
+    async def _versions(self, replica: Replica) -> list[str | None]:
+        return await asyncio.gather(*(self._version(worker, alone=not replica.is_router) for worker in replica.workers))
 
     async def _version(self, worker: str, *, alone: bool) -> str | None:
         try:
