@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import importlib
 import importlib.util
@@ -17,6 +16,7 @@ from typing import Any, cast
 
 from agentloop.errors import ConfigError, nearest
 from agentloop.rewards.base import RewardFunction
+from agentloop.tools.threads import run_blocking
 from agentloop.trajectory import Origin, Reward, Sample, Trajectory
 
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -55,7 +55,7 @@ class FunctionReward:
         if inspect.iscoroutinefunction(self.function):
             result = await self.function(**arguments)
         else:
-            result = await asyncio.to_thread(self.function, **arguments)
+            result = await run_blocking(self.function, **arguments)  # one that hangs holds its own thread only
             if inspect.isawaitable(result):  # a partial or a callable object around a coroutine function
                 result = await result
         return self._reward(result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from agentloop.config import Strict, validate
 from agentloop.errors import ConfigError
 from agentloop.rewards.function import load_object
 from agentloop.rewards.spec import RewardSpec, bind_tokenizer, close_all, named, plain
+from agentloop.tools.threads import run_blocking
 from agentloop.trajectory import Reward, Sample, Trajectory, Turn
 
 
@@ -70,7 +70,7 @@ class TurnReward:
             if inspect.iscoroutinefunction(self._score):
                 own = await self._score(turn, trajectory, sample)
             else:
-                own = await asyncio.to_thread(self._score, turn, trajectory, sample)
+                own = await run_blocking(self._score, turn, trajectory, sample)
             value += float(own)
         if not math.isfinite(value):
             raise ValueError(f"reward turns: turn {turn.index} got {value}, expected a finite number")

@@ -29,6 +29,10 @@ class SandboxError(ToolInfraError):
     """The sandbox itself failed or cannot start; the message says what to do about it."""
 
 
+LOST_BEFORE = "the session's variables and files are gone, with a run that was cancelled"
+"""The `Result.error` of a run that went well itself."""
+
+
 class Status(StrEnum):
     """How a run ended. The first that applies, from the top, where several do."""
 
@@ -82,14 +86,15 @@ class Result:
     """0 to 255 as the process left, negative: the signal that ended it; `None` if it was not allowed to end, and for a run
     of a session whose interpreter lives on without an error (0 in `OK`)."""
     error: str = ""
-    """One sentence for whoever reads the result: which limit was hit, which machinery failed. Empty if `OK`."""
+    """One sentence for whoever reads the result: which limit was hit, which machinery failed. Empty if `OK`, unless it is
+    `LOST_BEFORE`."""
     stdout_cut: int = 0
     """Bytes of stdout that were written and not kept, as far as was read."""
     stderr_cut: int = 0
     value_cut: int = 0
     state_lost: bool = False
     """The session's interpreter had to be killed: its variables are gone (its files are not, unless `error` says so) and the
-    next run begins in a fresh one."""
+    next run begins in a fresh one. Of a run that was cancelled, which has no result, the next one's tells it."""
     queue_s: float = 0.0
     """Seconds waiting for a place."""
     run_s: float = 0.0

@@ -56,7 +56,8 @@ def _sentence(result: Result, limits: Limits) -> str:
             said, advice = result.error[:1].upper() + result.error[1:], ""
         case _:
             said, advice = "", ""
-    lost = "variables are lost, files are kept" if result.state_lost else ""
+    kept = "variables and files are lost" if "files are gone" in result.error else "variables are lost, files are kept"
+    lost = kept if result.state_lost else ""
     first = "; ".join(part for part in (said.rstrip("."), lost) if part)
     return " ".join(part for part in (f"{first[:1].upper()}{first[1:]}." if first else "", advice) if part)
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from agentloop.sandboxes.base import Limits, Result, SandboxError, Session, Status
+from agentloop.sandboxes.base import LOST_BEFORE, Limits, Result, SandboxError, Session, Status
 from agentloop.sandboxes.docker.channel import Gone
 from agentloop.sandboxes.docker.container import Container
 from agentloop.sandboxes.docker.pool import Pool
@@ -102,7 +102,7 @@ class DockerSession(Session):
                 async with asyncio.timeout(limit_s + _GRACE_S + (len(wanted) + len(fetched)) * _GRACE_S):
                     made = await self._exchange(container, request, wanted, fetched)
                 untold, self._untold = self._untold, False
-                return replace(made, state_lost=True) if untold else made
+                return replace(made, state_lost=True, error=made.error or LOST_BEFORE) if untold else made
             except Gone:
                 return await self._lost(began)
             except TimeoutError:

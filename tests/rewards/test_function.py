@@ -110,6 +110,24 @@ async def test_what_the_function_raises_passes() -> None:
         await ask(lambda **_: 1 / 0)
 
 
+async def test_functions_that_hang_hold_up_nothing_else() -> None:
+    over = threading.Event()
+
+    def hangs(data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
+        over.wait()
+        return 0.0
+
+    try:
+        for _ in range(40):  # more than asyncio has threads of its own
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(ask(hangs), 0.02)
+        async with asyncio.timeout(5):
+            assert (await ask(lambda *_, **__: 1.0)).value == 1.0
+            assert await asyncio.to_thread(int, "3") == 3
+    finally:
+        over.set()
+
+
 def test_a_function_that_cannot_be_called_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="takes no argument 'extra_info'"):
         FunctionReward(lambda data_source, solution_str, ground_truth: 1.0)

@@ -331,7 +331,8 @@ async def test_a_place_that_is_given_up_with_a_cancelled_run_is_told_of(sandbox:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert (await session.run("1")).state_lost
+        result = await session.run("1")
+        assert (result.status, result.state_lost) == (Status.OK, True) and "files are gone" in result.error
 
 
 async def test_nothing_is_left_of_a_killed_client(sandbox: Sandbox, tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from agentloop.sandboxes.base import Limits, Result, Status
+from agentloop.sandboxes.base import LOST_BEFORE, Limits, Result, Status
 from agentloop.tools.shown import shown, trim_traceback
 
 LIMITS = Limits(timeout_s=5, memory_mb=256, output_bytes=1000)
@@ -62,6 +62,8 @@ def test_output_that_only_looks_like_a_frame_is_kept() -> None:
             "[It was ended by signal 11; variables are lost, files are kept.]",
         ),
         (Result(Status.ERROR, error="the interpreter has ended"), "[The interpreter has ended.]"),
+        (Result(Status.OK, stdout="1\n", state_lost=True), "1\n[Variables are lost, files are kept.]"),
+        (Result(Status.OK, stdout="1\n", state_lost=True, error=LOST_BEFORE), "1\n[Variables and files are lost.]"),
         (
             Result(Status.TIMEOUT, stdout="begun\n", error="its time ran out and it was killed", state_lost=True),
             "begun\n[It ran longer than 5 s and was stopped; variables are lost, files are kept. Do less work at once, or find "
