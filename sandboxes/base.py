@@ -33,6 +33,11 @@ LOST_BEFORE = "the session's variables and files are gone, with a run that was c
 """The `Result.error` of a run that went well itself."""
 
 
+def lost_before(error: str) -> str:
+    """The `error` of a run before which everything was lost."""
+    return f"{error}; {LOST_BEFORE}" if error else LOST_BEFORE
+
+
 class Status(StrEnum):
     """How a run ended. The first that applies, from the top, where several do."""
 
@@ -87,7 +92,7 @@ class Result:
     of a session whose interpreter lives on without an error (0 in `OK`)."""
     error: str = ""
     """One sentence for whoever reads the result: which limit was hit, which machinery failed. Empty if `OK`, unless it is
-    `LOST_BEFORE`."""
+    `LOST_BEFORE`; other errors may end with that."""
     stdout_cut: int = 0
     """Bytes of stdout that were written and not kept, as far as was read."""
     stderr_cut: int = 0

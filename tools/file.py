@@ -14,6 +14,7 @@ from agentloop.errors import ToolInfraError
 from agentloop.sandboxes.base import Session, Status
 from agentloop.sandboxes.paths import inside
 from agentloop.tools.base import InvalidArguments, ToolResult
+from agentloop.tools.shown import what_is_lost
 from agentloop.tools.threads import run_blocking
 from agentloop.tools.workspace import SandboxConfig, SandboxTool
 
@@ -139,7 +140,9 @@ class File(SandboxTool):
                 lines.append(f"{name}/" if size < 0 else f"{name} ({size} bytes)")
         if count.isdecimal() and int(count) > len(lines):
             lines.append(f"[… {int(count) - len(lines)} more; list a folder below]")
-        return "\n".join(lines) or "The folder is empty."
+        text = "\n".join(lines) or "The folder is empty."
+        lost = what_is_lost(result)
+        return f"{text}\n[{lost[:1].upper()}{lost[1:]}.]" if lost else text
 
 
 class _Refused(Exception):

@@ -56,10 +56,16 @@ def _sentence(result: Result, limits: Limits) -> str:
             said, advice = result.error[:1].upper() + result.error[1:], ""
         case _:
             said, advice = "", ""
-    kept = "variables and files are lost" if "files are gone" in result.error else "variables are lost, files are kept"
-    lost = kept if result.state_lost else ""
+    lost = what_is_lost(result)
     first = "; ".join(part for part in (said.rstrip("."), lost) if part)
     return " ".join(part for part in (f"{first[:1].upper()}{first[1:]}." if first else "", advice) if part)
+
+
+def what_is_lost(result: Result) -> str:
+    """Of a session, by this run or one before it; empty if nothing."""
+    if not result.state_lost:
+        return ""
+    return "variables and files are lost" if "files are gone" in result.error else "variables are lost, files are kept"
 
 
 def _cut(text: str, left_out: int) -> str:

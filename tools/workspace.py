@@ -76,7 +76,7 @@ class Workspace:
         except asyncio.CancelledError:
             if self._session is not None:
                 self._used = True
-                self.notice = "An earlier run was stopped before it had ended; variables may be lost, files are kept."
+                self.notice = "An earlier run was stopped before it had ended."
             raise
         self._used = True
 

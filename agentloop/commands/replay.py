@@ -78,23 +78,25 @@ def replay(
 
     async def play() -> None:
         """Step by step: a whole run's trajectories need not be held at a time."""
-        for place in places:
-            made = await replay_run(
-                cassette,
-                parts,
-                partition=place[0],
-                step=place[1],
-                tools="live" if "tools" in again else "recorded",
-                reward="live" if "reward" in again else "recorded",
-                max_concurrency=concurrency,
-            )
-            total.played += made.played
-            total.mismatches += made.mismatches
-            total.cut += made.cut
-            total.damaged += made.damaged
-        if parts.tools is not None:
-            await parts.tools.close()
-        await close_all([function])
+        try:
+            for place in places:
+                made = await replay_run(
+                    cassette,
+                    parts,
+                    partition=place[0],
+                    step=place[1],
+                    tools="live" if "tools" in again else "recorded",
+                    reward="live" if "reward" in again else "recorded",
+                    max_concurrency=concurrency,
+                )
+                total.played += made.played
+                total.mismatches += made.mismatches
+                total.cut += made.cut
+                total.damaged += made.damaged
+        finally:
+            if parts.tools is not None:
+                await parts.tools.close()
+            await close_all([function])
 
     with _quiet():
         asyncio.run(play())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from agentloop.loop import AgentLoop
 
 MakeLoop = Callable[[], "AgentLoop"]
-"""Gives the loop that goes on; its engine and tools are closed when the fork has ended."""
+"""Gives the loop that goes on; its engine, tools and reward are closed when the fork has ended."""
 
 
 def recorded_loop(run: Run, engine: str) -> MakeLoop:
@@ -39,6 +39,7 @@ def forker(run: Run, make_loop: MakeLoop) -> Fork:
 
     def fork(row: Row, turn: int, call: int | None, text: str) -> dict[str, str]:
         from agentloop.cassette import fork as fork_run
+        from agentloop.rewards.spec import close_all
 
         async def go_on() -> dict[str, str]:
             loop = make_loop()
@@ -48,6 +49,9 @@ def forker(run: Run, make_loop: MakeLoop) -> Fork:
                 made = await fork_run(run, row.id, loop=loop, **edit, **place)  # type: ignore[arg-type]
             finally:
                 await loop.engine.close()
+                if loop.tools is not None:
+                    await loop.tools.close()
+                await close_all([loop.reward])
             (told,) = made.trajectories
             reward = "no reward" if told.reward is None else f"reward {told.reward.value:g}"
             sentence = (

@@ -36,21 +36,25 @@ class RewardChoice(Strict):
     kwargs: dict[str, Any] | None = None
     file: str | None = None
 
-    def load(self, where: str) -> RewardFunction:
+    def spec(self, where: str) -> RewardSpec:
         """Raises `ConfigError` that begins with `where`, or with the file's name."""
         if self.file is not None:
             if self.reward is not None or self.kwargs is not None:
                 raise ConfigError(f"{where}: give 'file', or 'reward' and 'kwargs', not both")
-            return validate(RewardSpec, load_yaml(self.file), self.file).load(self.file)
+            return validate(RewardSpec, load_yaml(self.file), self.file)
         if self.reward is None:
             raise ConfigError(f"{where}: key 'reward' is missing ('package.module:name' or 'path/to/file.py:name'), or 'file'")
-        return RewardSpec(reward=self.reward, kwargs=self.kwargs or {}).load(where)
+        return RewardSpec(reward=self.reward, kwargs=self.kwargs or {})
+
+    def load(self, where: str) -> RewardFunction:
+        """Raises `ConfigError` that begins with `where`, or with the file's name."""
+        return self.spec(where).load(self.file or where)
 
 
 _loaded: dict[str, RewardFunction] = {}
 """By configuration. A reward may hold a sandbox or connections, so there is one for all calls of a process."""
 
-_WHERE = "reward.custom_reward_function.reward_kwargs"
+WHERE = "reward.custom_reward_function.reward_kwargs"
 _VERLS = ("reward_router_address", "reward_model_tokenizer")
 """What verl adds where a reward model is served."""
 
@@ -75,7 +79,7 @@ async def compute_score(
     choice |= {name: value for name, value in more.items() if name not in _VERLS}
     key = json.dumps(choice, sort_keys=True, default=repr)
     if key not in _loaded:
-        _loaded[key] = validate(RewardChoice, choice, _WHERE).load(_WHERE)
+        _loaded[key] = validate(RewardChoice, choice, WHERE).load(WHERE)
     function = _loaded[key]
     ours = (extra_info or {}).get(OURS)
     if ours is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentloop.batch import row_key, to_rows
-from agentloop.config import LoopConfig
+from agentloop.config import LoopConfig, validate
 from agentloop.engines.base import Sampling
 from agentloop.errors import ConfigError
 from agentloop.journal.base import Recorder, Tee
@@ -20,6 +20,7 @@ from agentloop.progress import Progress
 from agentloop.rewards.spec import close_all
 from agentloop.rollout import Rollout
 from agentloop.trajectory import Sample, Trajectory
+from agentloop.verl import reward_function
 from agentloop.verl.metrics import SUMMARY, Summary, summarize
 from agentloop.verl.settings import RolloutSettings
 
@@ -286,11 +287,16 @@ def run_meta(config: Any, settings: RolloutSettings) -> dict[str, Any]:
 
 
 def _reward_function(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`reward.custom_reward_function` as `agentloop.rewards.load_reward` takes it; `None` if there is none."""
+    """`reward.custom_reward_function` as `agentloop.rewards.load_reward` takes it; `None` if there is none. Of our own function
+    for verl it is the reward behind that."""
     told = (config.get("reward") or {}).get("custom_reward_function") or {}
     if not told.get("path"):
         return None
-    return {"reward": f"{told['path']}:{told.get('name') or 'compute_score'}", "kwargs": dict(told.get("reward_kwargs") or {})}
+    path, kwargs = str(told["path"]).removeprefix("pkg://"), dict(told.get("reward_kwargs") or {})
+    if path == reward_function.__name__:
+        kwargs = {name: value for name, value in kwargs.items() if name in reward_function.RewardChoice.model_fields}
+        return validate(reward_function.RewardChoice, kwargs, reward_function.WHERE).spec(reward_function.WHERE).model_dump()
+    return {"reward": f"{path}:{told.get('name') or 'compute_score'}", "kwargs": kwargs}
 
 
 def _for_verl(fields: dict[str, Any], trajectory: Trajectory) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from agentloop.sandboxes.base import LOST_BEFORE, Limits, Result, SandboxError, Session, Status
+from agentloop.sandboxes.base import Limits, Result, SandboxError, Session, Status, lost_before
 from agentloop.sandboxes.docker.channel import Gone
 from agentloop.sandboxes.docker.container import Container
 from agentloop.sandboxes.docker.pool import Pool
@@ -102,12 +102,13 @@ class DockerSession(Session):
                 async with asyncio.timeout(limit_s + _GRACE_S + (len(wanted) + len(fetched)) * _GRACE_S):
                     made = await self._exchange(container, request, wanted, fetched)
                 untold, self._untold = self._untold, False
-                return replace(made, state_lost=True, error=made.error or LOST_BEFORE) if untold else made
+                return replace(made, state_lost=True, error=lost_before(made.error)) if untold else made
             except Gone:
                 return await self._lost(began)
             except TimeoutError:
                 await self._throw_away()
                 error = f"docker: the driver did not answer within {_GRACE_S:g} s after the run should have ended"
+                error += "; the session's variables and files are gone"
                 return Result(Status.INFRA, error=error, state_lost=True, run_s=time.monotonic() - began)
             except SandboxError as error:
                 return Result(Status.INFRA, error=str(error), state_lost=True, run_s=time.monotonic() - began)
@@ -235,6 +236,7 @@ class _FileAccess:
                 lost = await self._session._lost(time.monotonic())
                 raise SandboxError(lost.error) from error
             if isinstance(error, asyncio.CancelledError):
+                self._session._untold = True
                 await self._session._throw_away()  # half an answer may be under way
             if isinstance(error, OSError):
                 if error.errno == errno.EFBIG and self._max_bytes:

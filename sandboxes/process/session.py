@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from agentloop.errors import nearest
-from agentloop.sandboxes.base import LOST_BEFORE, Limits, Result, SandboxError, Session, Status
+from agentloop.sandboxes.base import Limits, Result, SandboxError, Session, Status, lost_before
 from agentloop.sandboxes.paths import inside
 from agentloop.sandboxes.process.jail import wire
 
@@ -185,7 +185,7 @@ class WireSession(Session):
                 queue_s, self._queue_s = self._queue_s, 0.0
                 lost, self._lost = self._lost, False
                 made = result(answer, parts, queue_s)
-                return replace(made, state_lost=True, error=made.error or LOST_BEFORE) if lost else made
+                return replace(made, state_lost=True, error=lost_before(made.error)) if lost else made
             except asyncio.CancelledError:
                 self._lost = self._lost or (not self._once and self._wire is not None and self._wire.closed)
                 raise
@@ -206,7 +206,11 @@ class WireSession(Session):
         async with self._turn:
             await self.open()
             assert self._wire is not None
-            answer, parts = await self._wire.ask(head, blobs, GRACE_S)
+            try:
+                answer, parts = await self._wire.ask(head, blobs, GRACE_S)
+            except asyncio.CancelledError:
+                self._lost = self._lost or self._wire.closed
+                raise
         number = answer.get("errno")
         if number in (errno.EFBIG, errno.EINVAL):
             raise ValueError(f"path {path!r}: {answer['error']}")

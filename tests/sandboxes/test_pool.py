@@ -323,16 +323,35 @@ async def test_cancelling_keeps_the_files_and_tells_that_variables_are_lost(sand
         assert not (await session.run("1")).state_lost
 
 
-async def test_a_place_that_is_given_up_with_a_cancelled_run_is_told_of(sandbox: Sandbox):
+async def test_several_cancelled_runs_are_told_of_once(sandbox: Sandbox):
     async with sandbox.session() as session:
         await session.run("x = 1")
-        task = asyncio.create_task(session.run("while True: pass", stdin="x" * 20_000_000))  # more than a socket takes at once
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        result = await session.run("1")
-        assert (result.status, result.state_lost) == (Status.OK, True) and "files are gone" in result.error
+        for code, language in (("while True: pass", "python"), ("sleep 60", "sh"), ("sleep 60", "sh")):
+            task = asyncio.create_task(session.run(code, language=language))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert [(await session.run("1")).state_lost for _ in range(2)] == [True, False]
+
+
+BIG = "x" * 20_000_000  # more than a socket takes at once
+
+
+@pytest.mark.parametrize("what", ["run", "put"])
+async def test_a_place_that_is_given_up_with_what_was_cancelled_is_told_of(sandbox: Sandbox, what: str):
+    for code, status in (("1", Status.OK), ("1 / 0", Status.ERROR)):
+        async with sandbox.session() as session:
+            await session.run("x = 1")
+            work = session.run("while True: pass", stdin=BIG) if what == "run" else session.put("big", BIG)
+            task = asyncio.create_task(work)
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            result = await session.run(code)
+            assert (result.status, result.state_lost) == (status, True) and "files are gone" in result.error
+            assert not (await session.run("1")).state_lost
 
 
 async def test_nothing_is_left_of_a_killed_client(sandbox: Sandbox, tmp_path):

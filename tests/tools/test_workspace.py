@@ -251,9 +251,20 @@ async def test_the_registrys_timeout_stops_a_run_and_the_model_hears_of_it(regis
         await python(session, "x = 1")
         assert (await python(session, "import time; time.sleep(60)")).status is CallStatus.TIMEOUT
         assert (await python(session, "1 + 1")).text == (
-            "[An earlier run was stopped before it had ended; variables may be lost, files are kept.]\n2"
+            "[An earlier run was stopped before it had ended.]\n2\n[Variables are lost, files are kept.]"
         )
         assert (await python(session, "1 + 1")).text == "2"
+
+
+async def test_a_list_of_files_tells_what_an_earlier_run_has_cost() -> None:
+    tools = ToolRegistry.from_tools([Python({"sandbox": BOX}), File({"sandbox": BOX})], {"python": {"timeout": 0.5}})
+    async with opened(tools) as session:
+        await python(session, "x = 1; open('kept', 'w').write('here')")
+        assert (await python(session, "import time; time.sleep(60)")).status is CallStatus.TIMEOUT
+        listed = (await call(session, "file", {"action": "list"})).text
+        assert listed == (
+            "[An earlier run was stopped before it had ended.]\nkept (4 bytes)\n[Variables are lost, files are kept.]"
+        )
 
 
 # -- file -------------------------------------------------------------------------------------------------------------------

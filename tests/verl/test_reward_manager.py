@@ -204,3 +204,35 @@ def test_it_is_in_verls_registry() -> None:
     from agentloop.verl.reward_manager import AgentloopRewardManager
 
     assert get_reward_manager_cls("agentloop") is AgentloopRewardManager
+
+
+FUNCTION = {"path": "pkg://agentloop.verl.reward_function", "name": "compute_score"}
+RECORDED = {"reward": TOOL_USE, "kwargs": {"error": -0.1}}
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        ({**FUNCTION, "reward_kwargs.reward": TOOL_USE, "reward_kwargs.kwargs.error": -0.1}, RECORDED),
+        ({**FUNCTION, "reward_kwargs.file": "reward.yaml"}, RECORDED),
+        (
+            {"path": "pkg://my.rewards", "name": "score", "reward_kwargs.a": 1},
+            {"reward": "my.rewards:score", "kwargs": {"a": 1}},
+        ),
+        ({"path": "my/rewards.py"}, {"reward": "my/rewards.py:compute_score", "kwargs": {}}),
+    ],
+)
+def test_a_run_records_the_reward_that_can_be_called_again(
+    given: dict[str, Any], recorded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentloop.rewards import load_reward
+    from agentloop.verl.settings import read_settings
+    from agentloop.verl.worker import run_meta
+
+    monkeypatch.chdir(tmp_path)
+    Path("reward.yaml").write_text(f"reward: {TOOL_USE}\nkwargs: {{error: -0.1}}\n")
+    config = verl_config(**{f"reward.custom_reward_function.{key}": value for key, value in given.items()})
+    reward = run_meta(config, read_settings(config))["setup"]["reward"]
+    assert reward == recorded
+    if recorded == RECORDED:
+        assert type(load_reward(reward["reward"], reward["kwargs"])).__name__ == "ToolUseReward"

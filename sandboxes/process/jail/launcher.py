@@ -330,7 +330,7 @@ class Place:
         killed = end not in ("report", "exit")
         had_state = self.interpreter is not None and (killed or (python and child.exited is not None))
         lost = (had_state or self.lost) and not once
-        self.lost = end == "cancelled" and had_state  # nobody reads this answer, so the next one tells it
+        self.lost = end == "cancelled" and lost  # nobody reads this answer, so the next one tells it
         if once and end == "report":
             self._kill()  # none of it runs on; it is waited for when the lease ends
         elif once or killed:
