@@ -28,7 +28,7 @@ class TurnSettings(Strict):
     `tool_rewards` at `record` then, or it counts twice."""
     turn: str | None = None
     """A function `(turn, trajectory, sample)` that answers a number, `package.module:name` or `path/to/file.py:name`. It may
-    be a coroutine function; a plain one runs in a thread."""
+    be a coroutine function; a plain one runs in a thread of its own."""
     weight: float = Field(1.0, allow_inf_nan=False)
     """Of all that turns bring."""
     clip: tuple[float, float] | None = None

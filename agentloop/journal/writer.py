@@ -85,7 +85,8 @@ class JournalWriter:
 
     The methods of `Recorder` take references to what cannot change, copy what can, and return; they may be called from any
     thread. Converting, compressing and writing happen in the writer's thread, in the order of the calls. An event is with
-    the operating system as soon as the thread has taken it from the queue, so a killed process loses what was queued.
+    the operating system as soon as the thread has taken it and waited for others (`GATHER_S`), so a killed process loses what
+    was queued, and of trajectories that have not ended the last tenth of a second.
 
     What cannot be written (a full disk, a full queue) is logged as an error once for each kind and counted in `errors`;
     the rollout goes on, and the trajectories that it concerns are in the record as incomplete or not at all.
