@@ -27,9 +27,9 @@ class FunctionReward:
     """A `compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)` as verl calls it, as a reward.
 
     The function is called with keywords, answers a number or a mapping with `score`, and may be a coroutine function; a
-    plain one runs in a thread of its own, so it may block but must be safe to run in several threads. `solution_str` is the text of the
-    last turn. `extra_info` is a copy of the row's, with `num_turns` counted as verl counts it. A function that asks for
-    more by a parameter named `trajectory` gets the whole one (verl does not pass it, so give it a default).
+    plain one runs in a thread of its own, so it may block but must be safe to run in several at once. `solution_str` is the
+    text of the last turn. `extra_info` is a copy of the row's, with `num_turns` counted as verl counts it. A function that asks
+    for more by a parameter named `trajectory` gets the whole one (verl does not pass it, so give it a default).
     """
 
     def __init__(self, function: Callable[..., Any], kwargs: Mapping[str, Any] | None = None, *, name: str = "") -> None:
